@@ -1,0 +1,15 @@
+"""The base of every configuration class: a plain dataclass whose unknown keys are errors.
+
+Enters: nothing. Leaves: `Schema`, which `mllm/config.py` validates with pydantic (all mistakes at once, each with its
+path) and turns into flags with tyro. Field docstrings are the help text.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class Schema:
+    """Inherit and decorate with `@dataclass`. Fields are data: nothing changes them after parsing."""
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}

@@ -1,0 +1,101 @@
+"""The words of the route, from a record on disk to the tensors of one micro-batch.
+
+A `Sample` is what a reader found (messages and images, nothing opened); an `Example` is one sample as the model sees it
+(tokens, labels, pixels); a `Row` is several examples side by side in `seq_length` tokens; a `Batch` is rows stacked.
+
+Shapes: B rows in a micro-batch, S tokens in a row, T tokens of one example, N images, V visual tokens an image, H W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
+
+if TYPE_CHECKING:
+    import PIL.Image
+    from torch import Tensor
+
+    ImageSource = str | Path | bytes | PIL.Image.Image
+
+IGNORE_INDEX = -100
+"""A label that carries no loss. Labels are never shifted in data: the loss shifts."""
+
+IMAGE_TOKEN = "<image>"
+"""One placeholder an image in text; the processor makes it V placeholders wide, the model overwrites them."""
+
+
+class Mark(Enum):
+    """What may stand between the words of a message."""
+
+    IMAGE = "image"
+
+
+@dataclass
+class Message:
+    """One turn. `content` is words and, where an image stands, `Mark.IMAGE`."""
+
+    role: str
+    """`system`, `user` or `assistant`."""
+    content: list[str | Mark]
+
+    @property
+    def text(self) -> str:
+        """The words alone, without the images between them."""
+        return "".join(part for part in self.content if isinstance(part, str))
+
+    @property
+    def num_images(self) -> int:
+        return self.content.count(Mark.IMAGE)
+
+
+@dataclass
+class Sample:
+    """One record of a source. Images are named, not opened."""
+
+    id: str
+    """Stable over epochs, workers, ranks and resume."""
+    messages: list[Message]
+    images: list[ImageSource] = field(default_factory=list)
+    where: str = ""
+    """File and row, for every error that concerns this sample."""
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    """What else the record held, e.g. the type of a question."""
+
+
+@dataclass
+class Example:
+    """One sample as the model sees it: `input_ids` and `labels` [T], `pixel_values` [n, 3, H, W] (n may be 0)."""
+
+    id: str
+    input_ids: list[int]
+    labels: list[int]
+    pixel_values: Tensor
+    where: str = ""
+
+
+@dataclass
+class Row:
+    """Examples side by side: `input_ids`, `labels`, `position_ids` [S] int64, `pixel_values` [n, 3, H, W] in order."""
+
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    pixel_values: Tensor
+    sample_ids: list[str]
+
+
+class Batch(TypedDict):
+    """One micro-batch. No attention mask: `position_ids` that restart tell the model where a sample ends.
+
+    `pixel_values` is never empty: where no row has an image it holds one blank image, and `num_images` is 0.
+    """
+
+    input_ids: Tensor  # [B, S] int64
+    labels: Tensor  # [B, S] int64, IGNORE_INDEX where no loss
+    position_ids: Tensor  # [B, S] int64, 0 at each sample's first token
+    pixel_values: Tensor  # [max(N, 1), 3, H, W] float
+    num_images: int  # N
+    sample_ids: list[list[str]]  # per row, in order
