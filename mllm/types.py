@@ -1,9 +1,11 @@
 """The words of the route, from a record on disk to the tensors of one micro-batch.
 
-A `Sample` is what a reader found (messages and images, nothing opened); an `Example` is one sample as the model sees it
-(tokens, labels, pixels); a `Row` is several examples side by side in `seq_length` tokens; a `Batch` is rows stacked.
+A `Sample` is what a reader found (messages and images, nothing opened); an `Example` is one sample as the model sees
+it (tokens, labels, pixels); a `Row` is several examples side by side in `seq_length` tokens; a `Batch` is rows
+stacked.
 
-Shapes: B rows in a micro-batch, S tokens in a row, T tokens of one example, N images, V visual tokens an image, H W pixels.
+Shapes: B rows of a micro-batch, S tokens of a row, T tokens of an example, N images, V visual tokens an image, H W
+pixels.
 """
 
 from __future__ import annotations
@@ -12,13 +14,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
 if TYPE_CHECKING:
     import PIL.Image
     from torch import Tensor
 
-    ImageSource = str | Path | bytes | PIL.Image.Image
+ImageSource: TypeAlias = "str | Path | bytes | PIL.Image.Image"
+"""What an image may be named by: a path, a URL or data URI, the file's bytes, the picture itself."""
 
 IGNORE_INDEX = -100
 """A label that carries no loss. Labels are never shifted in data: the loss shifts."""
@@ -74,6 +77,8 @@ class Example:
     labels: list[int]
     pixel_values: Tensor
     where: str = ""
+    fault: str = ""
+    """Why this is a hole: the sample could not be read, and its place carries no labels and no image."""
 
 
 @dataclass
@@ -85,6 +90,8 @@ class Row:
     position_ids: Tensor
     pixel_values: Tensor
     sample_ids: list[str]
+    where: list[str]
+    faults: list[str] = field(default_factory=list)
 
 
 class Batch(TypedDict):
@@ -99,3 +106,5 @@ class Batch(TypedDict):
     pixel_values: Tensor  # [max(N, 1), 3, H, W] float
     num_images: int  # N
     sample_ids: list[list[str]]  # per row, in order
+    where: list[str]  # file and row of each sample
+    faults: list[str]  # samples that could not be read: each is a hole of its planned length, without labels

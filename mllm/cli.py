@@ -1,0 +1,183 @@
+"""`mllm`: what a trained model is for, as commands.
+
+Enters: the command line. Leaves: words on the screen, or files. Each command is a typed function whose docstring is
+its help; what is heavy is imported inside, so that `mllm --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+if TYPE_CHECKING:
+    from mllm.generate import Assistant
+    from mllm.types import Message, Sample
+
+NO_MODEL = "no model: train one (`make demo`), or give --model DIR|HUB_ID or set $MLLM_MODEL"
+COMMANDS = "/image PATH  /clear  /exit"
+
+
+def chat(
+    image: Annotated[list[str], tyro.conf.UseAppendAction] = [],  # noqa: B006
+    prompt: str = "",
+    model: str = "",
+    max_new_tokens: int = 256,
+    json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> None:
+    """Talk about images with a trained model.
+
+    Args:
+        image: Path, URL or data URI; may be repeated.
+        prompt: Ask this, print the answer, and stop. Without it a conversation opens (piped text is one question).
+        model: Stage folder or Hub id; $MLLM_MODEL, or the newest finished run under runs/, where it is not given.
+        max_new_tokens: Longest answer in tokens.
+        json_output: Print question, answer and model as one JSON object.
+    """
+    name = choose_model(model)
+    if not prompt and not sys.stdin.isatty():
+        prompt = sys.stdin.read().strip()
+    quiet_libraries()
+    from mllm.generate import Assistant
+
+    assistant = Assistant.load(name)
+    if not prompt:
+        return converse(assistant, list(image), max_new_tokens)
+    answer = assistant.stream(question([], prompt, list(image)), max_new_tokens)
+    if json_output:
+        print(json.dumps({"model": name, "image": list(image), "prompt": prompt, "answer": "".join(answer).strip()}))
+    else:
+        say(answer)
+
+
+def converse(assistant: Assistant, images: list[str], max_new_tokens: int) -> None:
+    """Questions and answers until /exit; images named by /image stand in front of the next question."""
+    from mllm.types import Message
+
+    history: Sample = question([], "", [])
+    history.messages.clear()
+    print(f"Ask away. {COMMANDS}")
+    waiting = images
+    while True:
+        try:
+            line = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            return print()
+        command, _, rest = line.partition(" ")
+        if command == "/exit":
+            return
+        if command == "/clear":
+            history.messages.clear()
+            history.images.clear()
+            waiting = images
+        elif command == "/image":
+            waiting = [*waiting, rest]
+        elif line:
+            turn = question(history.messages, line, waiting)
+            turn.images[:0] = history.images
+            try:
+                words = say(assistant.stream(turn, max_new_tokens))
+            except ValueError as error:
+                waiting = []
+                print(f"error: {error}")
+                continue
+            history, waiting = turn, []
+            history.messages.append(Message("assistant", [words]))
+
+
+def question(before: list[Message], words: str, images: list[str]) -> Sample:
+    """A conversation that ends with a question, its images in front unless the words say where."""
+    from mllm.data.formats.source import split_at_images
+    from mllm.types import Mark, Message, Sample
+
+    content = split_at_images(words)
+    if Mark.IMAGE not in content:
+        content = [*[Mark.IMAGE] * len(images), *(["\n"] if images else []), *content]
+    return Sample("chat", [*before, Message("user", content)], list(images), where="your question")
+
+
+def say(pieces: object) -> str:
+    """Print an answer as it comes; Ctrl-C ends the answer, not the program."""
+    words = ""
+    try:
+        for piece in pieces:  # type: ignore[attr-defined]
+            words += piece
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        pass
+    print()
+    return words.strip()
+
+
+def choose_model(model: str) -> str:
+    """What was named, else $MLLM_MODEL, else the newest finished run under runs/."""
+    if named := model or os.environ.get("MLLM_MODEL", ""):
+        return named
+    finished = sorted(Path("runs").rglob("connector.safetensors"), key=lambda path: path.stat().st_mtime)
+    if not finished:
+        raise ValueError(NO_MODEL)
+    return str(finished[-1].parent)
+
+
+def evaluate(
+    model: Annotated[str, tyro.conf.Positional],
+    data: Path,
+    image_dir: Path | None = None,
+    json_output: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+    shuffle_images: bool = False,
+    blank_images: bool = False,
+    history: bool = False,
+    batch_size: int = 32,
+    max_new_tokens: int = 32,
+    seed: int = 0,
+) -> None:
+    """Score a model on a LLaVA-JSON file by exact match.
+
+    Args: model: Stage folder or Hub id. data: LLaVA-JSON file; each assistant turn is the answer to one question.
+    image_dir: Folder that its image names start from; the file's own folder where it is not given. json_output:
+    Write accuracies and every answer here. shuffle_images: Control: each question gets another sample's image. A
+    model that does not look scores the same. blank_images: Control: each image is a plain grey one. history: Keep
+    the earlier turns of a conversation, with their right answers, in front of each question. batch_size: Questions
+    answered at a time. max_new_tokens: Longest answer in tokens. seed: Of the shuffling.
+    """
+    if shuffle_images and blank_images:
+        raise ValueError("--shuffle-images and --blank-images are two controls: run them one at a time")
+    quiet_libraries()
+    from mllm.data.formats.llava import read_llava
+    from mllm.evaluate import controls, exact
+    from mllm.generate import Assistant
+
+    samples = read_llava(data, image_dir)
+    if shuffle_images:
+        samples = controls.shuffle_images(samples, seed)
+    if blank_images:
+        samples = controls.blank_images(samples)
+    exact.run(Assistant.load(model), samples, json_output, history, batch_size, max_new_tokens)
+
+
+def quiet_libraries() -> None:
+    """Loading bars and advice of libraries are not the answer to the question."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def main() -> None:
+    """The entry point; a user's mistake is one line, not a traceback."""
+    commands = {"chat": chat, "eval": evaluate}
+    try:
+        tyro.extras.subcommand_cli_from_dict(commands, prog="mllm", description=(__doc__ or "").splitlines()[0])
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""The whole run in one object: defaults < one YAML < flags.
+
+Enters: `--config FILE.yaml` and any flags, or a saved `config.yaml`. Leaves: a `RunConfig`. All mistakes of a YAML
+are told at once, each with its path and, for a key nobody knows, the nearest one that exists.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from mllm.data.loader import DataConfig
+from mllm.models.build import ModelConfig
+from mllm.schema import Schema
+from mllm.train.loop import TrainConfig
+
+
+@dataclass
+class RunConfig(Schema):
+    """One stage."""
+
+    train: TrainConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig | None = None
+    """The parts; where `init_from` is set they may be left out and are that stage's."""
+    init_from: Path | None = None
+    """A finished stage whose trained parts this one starts from."""
+    resume: bool = False
+    """Go on from the newest checkpoint in the output folder."""
+    overwrite: bool = False
+    """Empty the output folder first, if it is used."""
+    dry_run: bool = False
+    """Say everything that is said before the first step, then stop."""
+
+    def parts(self) -> ModelConfig:
+        """The model section, its own or the earlier stage's."""
+        if self.model:
+            return self.model
+        if self.init_from is None:
+            raise ValueError("no model: set `model` (vision_encoder, llm, connector) or `init_from`, a finished stage")
+        return load_config(stage_config(self.init_from)).parts()
+
+
+def parse(argv: list[str] | None = None) -> RunConfig:
+    """Defaults, then the YAML of --config, then the other flags; exits with a readable list on any mistake."""
+    import tyro
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", type=Path)
+    known, rest = first.parse_known_args(argv)
+    options: dict[str, Any] = {}
+    if known.config:
+        try:
+            options["default"] = load_config(known.config)
+        except ValueError as error:
+            sys.exit(f"error: {error}")
+    return tyro.cli(RunConfig, args=rest, use_underscores=True, config=(tyro.conf.AvoidSubcommands,), **options)
+
+
+def load_config(path: Path) -> RunConfig:
+    """Validate a YAML file.
+
+    Raises:
+        ValueError: one line a mistake.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"no config file {path}")
+    raw = yaml.load(Path(path).read_text(), Loader=Loader) or {}
+    try:
+        return TypeAdapter(RunConfig).validate_python(raw)
+    except ValidationError as error:
+        mistakes = "\n  ".join(explain(mistake) for mistake in error.errors())
+        raise ValueError(f"{path} has mistakes:\n  {mistakes}") from error
+
+
+def dump_config(config: RunConfig) -> str:
+    """The merged config as YAML that `load_config` reads back; how the run was started is left out."""
+    raw = TypeAdapter(RunConfig).dump_python(config, mode="json", exclude={"resume", "overwrite", "dry_run"})
+    return yaml.safe_dump({**raw, "model": TypeAdapter(ModelConfig).dump_python(config.parts())}, sort_keys=False)
+
+
+def stage_config(folder: Path) -> Path:
+    """The config of a stage folder."""
+    path = Path(folder) / "config.yaml"
+    if not path.is_file():
+        raise ValueError(f"{folder} is no stage folder: it has no config.yaml")
+    return path
+
+
+def explain(mistake: Any) -> str:
+    """One line for one mistake: where, what, and the nearest key that exists."""
+    where, key = ".".join(str(part) for part in mistake["loc"]), str(mistake["loc"][-1])
+    if mistake["type"] not in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"{where}: {mistake['msg']}"
+    near = difflib.get_close_matches(key, set(known_keys(RunConfig)), n=1)
+    return f"{where}: unknown key" + (f", did you mean {near[0]!r}?" if near else "")
+
+
+def known_keys(kind: Any) -> Iterator[str]:
+    """Every field name anywhere in a tree of config classes."""
+    if is_dataclass(kind):
+        for name, hint in get_type_hints(kind, include_extras=False).items():
+            if not name.startswith("__"):
+                yield name
+                yield from known_keys(hint)
+    for argument in get_args(kind):
+        yield from known_keys(argument)
+
+
+class Loader(yaml.SafeLoader):
+    """YAML 1.1 takes `1e-3` for a string; people mean the number."""
+
+
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"),
+    list("-+0123456789"),
+)

@@ -1,0 +1,42 @@
+"""Rows to the tensors of one micro-batch.
+
+Enters: rows of any length. Leaves: a `Batch` whose rows are padded to one length. The padding is inert: ignored
+labels and position 0 everywhere, so that each padded token is a sample of its own that nobody looks at. A batch
+without an image gets one blank image, because every rank must call the encoder in every micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from mllm.types import IGNORE_INDEX, Batch, Row
+
+MULTIPLE = 8
+"""Rows are as long as the longest, rounded up to this: what tensor cores like, and few distinct shapes."""
+
+
+def collate(rows: Sequence[Row], pixel_shape: tuple[int, int, int]) -> Batch:
+    """Stack rows: tokens [B, S] int64, images [max(N, 1), 3, H, W] in order of appearance."""
+    pixel_values = torch.cat([row.pixel_values for row in rows])
+    num_images = len(pixel_values)
+    return Batch(
+        input_ids=stack([row.input_ids for row in rows], 0),
+        labels=stack([row.labels for row in rows], IGNORE_INDEX),
+        position_ids=stack([row.position_ids for row in rows], 0),
+        pixel_values=pixel_values if num_images else torch.zeros(1, *pixel_shape),
+        num_images=num_images,
+        sample_ids=[row.sample_ids for row in rows],
+        where=[where for row in rows for where in row.where],
+        faults=[fault for row in rows for fault in row.faults],
+    )
+
+
+def stack(tensors: list[Tensor], fill: int) -> Tensor:
+    """[T_i] each -> [B, S] with S the longest, rounded up; at least one token wide."""
+    padded = pad_sequence(tensors, batch_first=True, padding_value=fill)
+    missing = -padded.shape[1] % MULTIPLE if padded.shape[1] else MULTIPLE
+    return torch.nn.functional.pad(padded, (0, missing), value=fill)

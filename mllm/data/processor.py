@@ -1,0 +1,147 @@
+"""One sample to what the model sees. Training, chat and evaluation share this door: there is no second prompt
+builder.
+
+Enters: a `Sample`. Leaves: an `Example`, `pixel_values` [n, 3, H, W] float32, `input_ids` and `labels` [T] in which
+each image's placeholder is V slots wide. How many visual tokens an image becomes is told by the model side, from
+config alone.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from PIL import Image
+
+from mllm.data import chat
+from mllm.data.images import open_image
+from mllm.types import IGNORE_INDEX, IMAGE_TOKEN, Example, ImageSource, Mark, Sample
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import BaseImageProcessor, PreTrainedTokenizerBase
+
+ImageFit = Literal["native", "pad"]
+
+
+@dataclass
+class Processor:
+    """Tokenizer, image processor and the number of visual tokens an image becomes."""
+
+    tokenizer: PreTrainedTokenizerBase
+    image_processor: BaseImageProcessor
+    num_visual_tokens: int
+    """V: slots that each image's placeholder becomes."""
+    image_fit: ImageFit = "native"
+    """`native`: what the encoder's own image processor does (CLIP: shortest edge, centre crop). `pad`: first pad to a
+    square with the mean colour, so that nothing is cut (LLaVA-1.5, second stage)."""
+
+    def __post_init__(self) -> None:
+        chat.ensure_template(self.tokenizer)
+        if IMAGE_TOKEN not in self.tokenizer.get_vocab():
+            self.tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+        self.image_token_id: int = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        self.pixel_shape: tuple[int, int, int] = tuple(self.pixels([Image.new("RGB", (8, 8))]).shape[1:])  # type: ignore[assignment]
+
+    def __call__(self, sample: Sample, max_length: int | None = None) -> Example:
+        """The sample with its labels, cut to `max_length` tokens (never through an image).
+
+        Raises:
+            ValueError: placeholders and images differ, an image is unreadable, nothing is left to learn.
+        """
+        input_ids, labels = self.encode(sample, max_length)
+        return Example(sample.id, input_ids, labels, self.pixels(sample.images), sample.where)
+
+    def encode(self, sample: Sample, max_length: int | None = None) -> tuple[list[int], list[int]]:
+        """`input_ids` and `labels` [T], expanded and cut; no image is opened."""
+        input_ids, labels = chat.encode(self.tokenizer, sample.messages)
+        self.check_placeholders(sample, input_ids)
+        input_ids, labels = self.expand(input_ids), self.expand(labels, input_ids)
+        return self.cut(sample, input_ids, labels, max_length)
+
+    def prompt(self, sample: Sample) -> Example:
+        """The sample as a question: tokens up to where the assistant's next words begin, no labels."""
+        input_ids = chat.encode_prompt(self.tokenizer, sample.messages)
+        self.check_placeholders(sample, input_ids)
+        input_ids = self.expand(input_ids)
+        return Example(sample.id, input_ids, [IGNORE_INDEX] * len(input_ids), self.pixels(sample.images), sample.where)
+
+    def check_placeholders(self, sample: Sample, input_ids: list[int]) -> None:
+        """As many placeholders as images, as marked and as tokenised."""
+        marks = sum(part is Mark.IMAGE for message in sample.messages for part in message.content)
+        placeholders = input_ids.count(self.image_token_id)
+        if not marks == placeholders == len(sample.images):
+            raise ValueError(
+                f"{sample.where or sample.id}: {placeholders} {IMAGE_TOKEN} placeholders in the prompt, {marks} marks "
+                f"in the messages, {len(sample.images)} images must be equal (does the text itself say {IMAGE_TOKEN}?)"
+            )
+
+    def expand(self, values: list[int], input_ids: list[int] | None = None) -> list[int]:
+        """Repeat each value V times that stands at a placeholder, one time elsewhere."""
+        times = [self.num_visual_tokens if t == self.image_token_id else 1 for t in input_ids or values]
+        return [value for value, n in zip(values, times, strict=True) for _ in range(n)]
+
+    def cut(
+        self, sample: Sample, input_ids: list[int], labels: list[int], max_length: int | None
+    ) -> tuple[list[int], list[int]]:
+        """The first `max_length` tokens, if that cuts no image and leaves something to learn."""
+        if max_length is None or len(input_ids) <= max_length:
+            return input_ids, labels
+        if self.image_token_id in input_ids[max_length:]:
+            raise ValueError(
+                f"{sample.where or sample.id}: {len(input_ids)} tokens do not fit a row of {max_length}, and cutting "
+                f"them would cut an image: raise data.seq_length or use a connector with fewer visual tokens"
+            )
+        if all(label == IGNORE_INDEX for label in labels[1:max_length]):
+            raise ValueError(
+                f"{sample.where or sample.id}: {len(input_ids)} tokens cut to {max_length} leave nothing to learn: "
+                f"raise data.seq_length"
+            )
+        return input_ids[:max_length], labels[:max_length]
+
+    def pixels(self, images: list[ImageSource]) -> Tensor:
+        """[n, 3, H, W] float32; n may be 0."""
+        if not images:
+            return torch.empty(0, *self.pixel_shape)
+        opened = [self.fit(open_image(image)) for image in images]
+        return torch.as_tensor(self.image_processor(images=opened, return_tensors="pt")["pixel_values"])
+
+    def fit(self, image: Image.Image) -> Image.Image:
+        """The image, padded to a square if `image_fit` says so."""
+        if self.image_fit == "native" or image.width == image.height:
+            return image
+        mean = tuple(round(255 * value) for value in self.image_processor.image_mean)
+        side = max(image.size)
+        square = Image.new("RGB", (side, side), mean)
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        return square
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer, image processor and the two facts of this class; `load` reads them."""
+        self.tokenizer.save_pretrained(folder)
+        self.image_processor.save_pretrained(folder)
+        facts = {"num_visual_tokens": self.num_visual_tokens, "image_fit": self.image_fit}
+        (folder / "mllm_processor.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> Processor:
+        """What `save` wrote."""
+        facts = json.loads((folder / "mllm_processor.json").read_text())
+        return cls.from_hub(str(folder), str(folder), facts["num_visual_tokens"], facts["image_fit"])
+
+    @classmethod
+    def from_hub(
+        cls, llm: str, vision_encoder: str, num_visual_tokens: int, image_fit: ImageFit = "native"
+    ) -> Processor:
+        """The LLM's tokenizer and the encoder's image processor, each by Hub id or folder."""
+        from transformers import AutoImageProcessor, AutoTokenizer
+
+        return cls(
+            AutoTokenizer.from_pretrained(llm),
+            AutoImageProcessor.from_pretrained(vision_encoder),
+            num_visual_tokens,
+            image_fit,
+        )

@@ -1,0 +1,122 @@
+"""What a trained model says to an image and a question.
+
+Enters: a stage folder (or the Hub id of one) and conversations. Leaves: answers, whole and in batches, or word by
+word. Chat and evaluation both speak through here, with the processor that trained the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mllm.config import load_config, stage_config
+from mllm.data import chat
+from mllm.data.processor import Processor
+from mllm.models.build import build_model
+from mllm.models.multimodal import MultimodalLM
+from mllm.train.checkpoint import FINISHED, load_stage
+from mllm.types import Example, Sample
+
+
+class Assistant:
+    """A loaded model with its processor."""
+
+    def __init__(self, model: MultimodalLM, processor: Processor) -> None:
+        self.model, self.processor = model.eval(), processor
+        self.device = next(model.connector.parameters()).device
+        self.stop_ids = stop_ids(model, processor)
+
+    @classmethod
+    def load(cls, model: str | Path, device: str | None = None) -> Assistant:
+        """From a stage folder, or from the Hub repository of one.
+
+        Raises:
+            ValueError: there is no such folder or repository, or it holds no finished stage.
+        """
+        folder = find_folder(str(model))
+        config = load_config(stage_config(folder)).parts()
+        processor = Processor.load(folder / "processor")
+        built = build_model(config, processor.image_token_id)
+        load_stage(built, folder)
+        return cls(built.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), processor)
+
+    @torch.inference_mode()
+    def answer(self, samples: Sequence[Sample], max_new_tokens: int = 32) -> list[str]:
+        """The greedy answer to each conversation, all in one batch; each ends with a user's message."""
+        prompts = [self.processor.prompt(sample) for sample in samples]
+        new = self.model.llm.generate(**self.inputs(prompts), **self.options(max_new_tokens))  # [B, new tokens]
+        return [self.decode(tokens) for tokens in new.tolist()]
+
+    def stream(self, sample: Sample, max_new_tokens: int = 256) -> Iterator[str]:
+        """The greedy answer to one conversation, piece by piece as it is found."""
+        from transformers import TextIteratorStreamer
+
+        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_special_tokens=True)
+        with torch.inference_mode():
+            inputs = self.inputs([self.processor.prompt(sample)])
+        work = Thread(
+            target=torch.inference_mode()(self.model.llm.generate),
+            kwargs={**inputs, **self.options(max_new_tokens), "streamer": streamer},
+            daemon=True,
+        )
+        work.start()
+        yield from streamer
+        work.join()
+
+    def inputs(self, prompts: Sequence[Example]) -> dict[str, Tensor]:
+        """Prompts side by side: embeddings [B, S, D] with visual tokens in place, padded on the left, and their
+        mask."""
+        longest = max(len(prompt.input_ids) for prompt in prompts)
+        ids = torch.tensor([[0] * (longest - len(p.input_ids)) + p.input_ids for p in prompts], device=self.device)
+        mask = torch.tensor([[0] * (longest - len(p.input_ids)) + [1] * len(p.input_ids) for p in prompts])
+        num_images = sum(len(prompt.pixel_values) for prompt in prompts)
+        blank = [] if num_images else [torch.zeros(1, *self.processor.pixel_shape)]
+        pixels = torch.cat([prompt.pixel_values for prompt in prompts] + blank).to(self.device)
+        embeddings = self.model.embed(ids, self.model.visual_tokens(pixels), num_images)  # [B, S, D]
+        return {"inputs_embeds": embeddings, "attention_mask": mask.to(self.device)}
+
+    def options(self, max_new_tokens: int) -> dict[str, Any]:
+        return {
+            "max_new_tokens": max_new_tokens,
+            "do_sample": False,
+            "eos_token_id": self.stop_ids,
+            "pad_token_id": self.stop_ids[0] if self.stop_ids else 0,
+        }
+
+    def decode(self, tokens: list[int]) -> str:
+        """The words before the first end mark."""
+        end = next((i for i, token in enumerate(tokens) if token in self.stop_ids), len(tokens))
+        return self.processor.tokenizer.decode(tokens[:end], skip_special_tokens=True).strip()
+
+
+def stop_ids(model: MultimodalLM, processor: Processor) -> list[int]:
+    """Where an answer ends: the template's end mark, the tokenizer's eos, the generation config's list."""
+    listed = getattr(model.llm.generation_config, "eos_token_id", None)
+    several = listed if isinstance(listed, list) else [listed]
+    ids = [chat.end_mark_id(processor.tokenizer), processor.tokenizer.eos_token_id, *several]
+    return list(dict.fromkeys(token for token in ids if token is not None))
+
+
+def find_folder(model: str) -> Path:
+    """A folder as it is; anything else is a Hub id and is fetched."""
+    if Path(model).is_dir():
+        return Path(model)
+    if model.startswith((".", "/")) or model.count("/") != 1:
+        raise ValueError(f"no such model: {model!r} is neither a folder nor a Hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model))
+    except Exception as error:  # offline, unknown, private: the hub's client raises many kinds
+        raise ValueError(f"no such model: {model!r} is no folder here, and the Hub says: {error}") from error
+
+
+def newest_stage(root: Path) -> Path | None:
+    """The stage under `root` that finished last."""
+    finished = sorted(root.rglob(FINISHED), key=lambda path: path.stat().st_mtime)
+    return finished[-1].parent if finished else None

@@ -1,0 +1,97 @@
+"""Ids to a model: any vision encoder, any causal LLM, by Hub id or folder.
+
+Enters: a `ModelConfig`. Leaves: a `MultimodalLM` with everything frozen (what trains is chosen in
+`train/trainable.py`), or, from config files alone and before any weight is read, the number of visual tokens an
+image becomes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from mllm.models.connectors import ConnectorConfig, MLPConnector
+from mllm.models.multimodal import MultimodalLM
+from mllm.models.vision_encoder import VisionEncoder, num_patches, vision_config
+from mllm.schema import Schema
+
+
+@dataclass
+class ModelConfig(Schema):
+    """The three parts and how they are read."""
+
+    vision_encoder: str
+    """Hub id or folder of a CLIP-style encoder."""
+    llm: str
+    """Hub id or folder of a causal LLM."""
+    connector: ConnectorConfig = field(default_factory=MLPConnector)
+    """What joins them."""
+    feature_layer: int = -2
+    """Hidden state of the encoder that the connector reads; -2 is LLaVA's choice."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the frozen weights. What trains is kept in float32."""
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    """The LLM's attention kernel; both isolate packed samples."""
+    random_weights: bool = False
+    """Draw all weights at random from the configs alone: for dry runs and benchmarks, never for training."""
+
+
+def visual_tokens_per_image(config: ModelConfig) -> int:
+    """V, from config files alone."""
+    from transformers import AutoConfig
+
+    with named("vision encoder", config.vision_encoder):
+        encoder = vision_config(AutoConfig.from_pretrained(config.vision_encoder))
+    return config.connector.num_tokens(num_patches(encoder))
+
+
+def build_model(config: ModelConfig, image_token_id: int) -> MultimodalLM:
+    """Read both frozen parts, draw a fresh connector between them.
+
+    Raises:
+        ValueError: an id or folder holds no such model.
+    """
+    encoder = VisionEncoder(load_vision_model(config), config.feature_layer)
+    llm = load_llm(config)
+    connector = config.connector.build(encoder.width, llm.get_input_embeddings().embedding_dim, encoder.num_patches)
+    model = MultimodalLM(encoder, connector, llm, image_token_id)
+    return model.requires_grad_(False)
+
+
+def load_vision_model(config: ModelConfig) -> nn.Module:
+    """The vision half of the checkpoint; a text half, if it has one, is dropped."""
+    from transformers import AutoConfig, AutoModel
+
+    with named("vision encoder", config.vision_encoder):
+        options: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
+        if config.random_weights:
+            whole = AutoModel.from_config(vision_config(AutoConfig.from_pretrained(config.vision_encoder)), **options)
+        else:
+            whole = AutoModel.from_pretrained(config.vision_encoder, **options)
+        return getattr(whole, "vision_model", whole)
+
+
+def load_llm(config: ModelConfig) -> nn.Module:
+    """The causal LLM with the attention kernel of the config."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with named("LLM", config.llm):
+        options: dict[str, Any] = {"dtype": getattr(torch, config.dtype), "attn_implementation": config.attention}
+        if config.random_weights:
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.llm), **options)
+        return AutoModelForCausalLM.from_pretrained(config.llm, **options)
+
+
+@contextlib.contextmanager
+def named(part: str, name: str) -> Iterator[None]:
+    """Say which part could not be read, in words that a user can act on."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"no {part} at {name!r}: give a Hub id or a folder that holds one ({first})") from error

@@ -1,0 +1,26 @@
+"""What every connector promises.
+
+Enters: patch features [N, P, Dv]. Leaves: visual tokens [N, V, D]. The configuration answers from numbers alone how
+many visual tokens P patches become, so that the data side can plan before any weight is loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from mllm.schema import Schema
+
+
+@dataclass
+class Connector(Schema):
+    """Base of the connector configurations; `type` in each subclass is the name that YAML uses."""
+
+    def num_tokens(self, num_patches: int) -> int:
+        """V for P patches: as many, unless a connector says otherwise."""
+        return num_patches
+
+    def build(self, encoder_width: int, llm_width: int, num_patches: int) -> nn.Module:
+        """The module [N, P, encoder_width] -> [N, V, llm_width]."""
+        raise NotImplementedError(f"{type(self).__name__} must build a module")

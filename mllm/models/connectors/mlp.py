@@ -1,0 +1,31 @@
+"""Linear layers with GELU between them: each patch becomes one visual token (LLaVA-1.5 with depth 2).
+
+Enters: patch features [N, P, Dv]. Leaves: visual tokens [N, P, D]. Every hidden layer is as wide as the LLM, which
+is what stock Llava can hold.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from mllm.models.connectors.connector import Connector
+
+
+@dataclass
+class MLPConnector(Connector):
+    """`depth` linear layers, GELU between them."""
+
+    type: Literal["mlp"] = "mlp"
+    depth: int = 2
+    """Linear layers, at least 2."""
+
+    def build(self, encoder_width: int, llm_width: int, num_patches: int) -> nn.Module:
+        if self.depth < 2:
+            raise ValueError(f"an mlp connector of depth {self.depth}: use at least 2, or `type: linear`")
+        layers: list[nn.Module] = [nn.Linear(encoder_width, llm_width)]
+        for _ in range(self.depth - 1):
+            layers += [nn.GELU(), nn.Linear(llm_width, llm_width)]
+        return nn.Sequential(*layers)

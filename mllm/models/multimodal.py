@@ -1,0 +1,73 @@
+"""A vision encoder, a connector and a causal LLM as one model.
+
+Enters: tokens with placeholders [B, S], their positions [B, S], images [N, 3, H, W]. Leaves: the LLM's last hidden
+states [B, S, D]; what they mean (a loss, the next token) is the business of who asked.
+
+Packed rows are isolated by their positions alone: no attention mask and no cache is how transformers recognises that
+a row holds several samples. An all-ones mask or a cache would let them see each other without any error.
+
+B rows, S tokens of a row, N images, P patches, V visual tokens an image, Dv D widths of encoder and LLM.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mllm.models.splice import splice
+from mllm.models.vision_encoder import VisionEncoder
+
+
+class MultimodalLM(nn.Module):
+    """Give it its parts; tests hand in tiny ones."""
+
+    def __init__(
+        self, vision_encoder: VisionEncoder, connector: nn.Module, llm: nn.Module, image_token_id: int
+    ) -> None:
+        super().__init__()
+        self.vision_encoder = vision_encoder
+        self.connector = connector
+        self.llm = llm
+        self.image_token_id = image_token_id
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, pixel_values: Tensor, num_images: int) -> Tensor:
+        """[B, S], [B, S], [max(N, 1), 3, H, W] -> hidden states [B, S, D].
+
+        Raises:
+            ValueError: placeholders and visual tokens differ in number.
+        """
+        embeddings = self.embed(input_ids, self.visual_tokens(pixel_values), num_images)  # [B, S, D]
+        decoder = self.llm.get_decoder()
+        return decoder(inputs_embeds=embeddings, position_ids=position_ids, use_cache=False).last_hidden_state
+
+    def visual_tokens(self, pixel_values: Tensor) -> Tensor:
+        """[N, 3, H, W] -> [N, V, D], through encoder and connector."""
+        features = self.vision_encoder(pixel_values)  # [N, P, Dv]
+        return self.connector(features.to(next(self.connector.parameters()).dtype))  # [N, V, D]
+
+    def embed(self, input_ids: Tensor, visual_tokens: Tensor, num_images: int) -> Tensor:
+        """Token embeddings with the visual tokens in their slots [B, S, D].
+
+        Without images `visual_tokens` come of a blank one; they are added with weight zero, so that every rank runs
+        encoder and connector, forward and backward, in every micro-batch (collectives hang otherwise).
+        """
+        is_placeholder = input_ids == self.image_token_id  # [B, S]
+        # the placeholder needs no row of its own in the embedding table: what is looked up for it is overwritten
+        embeddings = self.llm.get_input_embeddings()(input_ids.masked_fill(is_placeholder, 0))  # [B, S, D]
+        if num_images == 0:
+            return splice(embeddings, is_placeholder, visual_tokens[:0]) + 0.0 * visual_tokens.sum().to(
+                embeddings.dtype
+            )
+        return splice(embeddings, is_placeholder, visual_tokens)
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """[..., D] -> [..., vocabulary]: the LLM's head with the scale or cap that its family puts behind it."""
+        logits = self.llm.get_output_embeddings()(hidden_states)
+        config = self.llm.config
+        if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
+            logits = torch.tanh(logits / cap) * cap
+        if scale := getattr(config, "logit_scale", None):  # Cohere
+            logits = logits * scale
+        if divisor := getattr(config, "logits_scaling", None):  # Granite
+            logits = logits / divisor
+        return logits

@@ -1,0 +1,139 @@
+"""The beginning and the end of a stage: ranks, seed, output folder, the errors that a user sees.
+
+Enters: a `RunConfig`. Leaves: an `Accelerator`, the processor, an output folder that is free to be written; at the
+end the stage folder. The recipes call these in order and read as a contents page.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from rich.console import Console
+
+from mllm.config import RunConfig, dump_config
+from mllm.data.index import Index, build_index
+from mllm.data.processor import Processor
+from mllm.models.build import visual_tokens_per_image
+from mllm.models.multimodal import MultimodalLM
+from mllm.train.checkpoint import FINISHED, checkpoints, save_stage
+from mllm.train.loop import make_plan, num_steps
+from mllm.train.preflight import preflight
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+WRITTEN = (
+    FINISHED,
+    "config.yaml",
+    "llm.safetensors",
+    "vision_encoder.safetensors",
+    "adapter",
+    "processor",
+    "checkpoints",
+    "metrics.jsonl",
+    "loss.png",
+    "quarantine.jsonl",
+)
+"""All that a stage writes: what --overwrite removes, and nothing else."""
+
+
+def start(config: RunConfig) -> Accelerator:
+    """Ranks, precision and seed; the merged config on the screen."""
+    from accelerate import Accelerator
+
+    check_output(config)
+    accelerator = Accelerator(mixed_precision=config.train.mixed_precision)
+    torch.manual_seed(config.train.seed)
+    console(accelerator).print(dump_config(config), highlight=False, style="dim")
+    return accelerator
+
+
+def build_processor(config: RunConfig) -> Processor:
+    """The processor of the parts, its visual tokens counted from config files alone."""
+    parts = config.parts()
+    visual_tokens = visual_tokens_per_image(parts)
+    return Processor.from_hub(parts.llm, parts.vision_encoder, visual_tokens, config.data.image_fit)
+
+
+def read_data(accelerator: Accelerator, config: RunConfig, processor: Processor) -> Index:
+    """The index of all sources; every record that cannot be used is known from here on."""
+    if not config.data.sources:
+        raise ValueError("no data: list at least one source under data.sources")
+    return build_index(config.data.sources, processor, config.data.seq_length, accelerator.is_main_process)
+
+
+def check_run(
+    accelerator: Accelerator, config: RunConfig, model: MultimodalLM, processor: Processor, index: Index
+) -> None:
+    """Tell the run before its first step; stop it where data or labels are wrong."""
+    index.check(config.data.max_bad_share)
+    plan = make_plan(index, config.data, config.train)
+    steps = num_steps(plan, config.train)
+    preflight(console(accelerator), model, config.train.learning_rate, index, plan, processor, steps)
+
+
+def open_stage(accelerator: Accelerator, config: RunConfig, index: Index) -> None:
+    """Make the output folder ours: emptied, resumed or new; config and skipped records are written down."""
+    folder = config.train.output_dir
+    if accelerator.is_main_process:
+        if config.overwrite:
+            remove(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / FINISHED).unlink(missing_ok=True)
+        (folder / "config.yaml").write_text(dump_config(config))
+        index.check(config.data.max_bad_share, quarantine=folder / "quarantine.jsonl")
+    accelerator.wait_for_everyone()
+
+
+def close_stage(accelerator: Accelerator, config: RunConfig, model: MultimodalLM, processor: Processor) -> None:
+    """Write the stage folder."""
+    if accelerator.is_main_process:
+        save_stage(config.train.output_dir, model, processor, dump_config(config))
+        console(accelerator).print(f"[bold green]finished[/]: {config.train.output_dir}")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+def check_output(config: RunConfig) -> None:
+    """Refuse a folder that holds a run, unless told what to do with it."""
+    folder = config.train.output_dir
+    if config.resume and config.overwrite:
+        raise ValueError("--resume keeps the output folder and --overwrite empties it: give one of them")
+    used = [name for name in WRITTEN if (folder / name).exists()]
+    if used and not (config.resume or config.overwrite or config.dry_run):
+        raise ValueError(
+            f"{folder} holds a run already ({', '.join(used[:3])}): "
+            f"--resume goes on with it, --overwrite starts again, --train.output_dir names another place"
+        )
+    if config.resume and not checkpoints(folder):
+        raise ValueError(
+            f"nothing to resume: {folder / 'checkpoints'} holds no checkpoint (train.save_every writes them)"
+        )
+
+
+def remove(folder: Path) -> None:
+    """Take away what stages write, and nothing else."""
+    for name in WRITTEN:
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def console(accelerator: Accelerator) -> Console:
+    """The screen of rank 0; the others are mute."""
+    return Console(quiet=not accelerator.is_main_process)
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """A user's mistake is told in words, without a traceback, and ends the run with exit code 2."""
+    try:
+        yield
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,113 @@
+"""The loop: one for every stage, on Accelerate.
+
+Enters: a model whose trainable parts are chosen, the index of its data, the settings. Leaves: the trained model; on
+the way a line of metrics a step, and checkpoints from which the same losses go on.
+
+The loss of a step is one sum over all supervised tokens of its rows, divided by their number, on however many ranks
+and in however many micro-batches the rows are computed: the count is known, and shared, before the first backward
+pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from mllm.data.index import Index
+from mllm.data.loader import DataConfig, PlannedBatches, Share, batches
+from mllm.data.plan import Plan
+from mllm.data.processor import Processor
+from mllm.models.multimodal import MultimodalLM
+from mllm.schema import Schema
+from mllm.train.checkpoint import load_checkpoint, save_checkpoint
+from mllm.train.ledger import Ledger
+from mllm.train.losses import NextToken
+from mllm.train.metrics import Metrics
+from mllm.train.schedule import Schedule, rate_factor, rates, set_rates
+from mllm.train.step import optimise
+from mllm.train.trainable import LearningRates, Lora, parameter_groups, set_mode
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@dataclass
+class TrainConfig(Schema):
+    """How long, how fast, in which portions."""
+
+    output_dir: Path
+    """The stage folder that is written."""
+    learning_rate: LearningRates = field(default_factory=LearningRates)
+    """What trains, and its peak rate; a part without a rate is frozen."""
+    lora: Lora | None = None
+    """Adapters on the LLM instead of training it whole."""
+    epochs: float = 1.0
+    """Passes over the data."""
+    steps: int | None = None
+    """Optimiser steps; overrides `epochs`."""
+    rows_per_step: int = 8
+    """Rows of one optimiser step over all ranks and accumulation steps: the global batch."""
+    rows_per_micro_batch: int = 1
+    """Rows that one rank computes at a time. Changes memory and speed, never the result."""
+    warmup: float = 0.03
+    """Share of the steps over which the rate rises from zero."""
+    schedule: Schedule = "cosine"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """Of the computation; what trains is kept in float32."""
+    gradient_checkpointing: bool = False
+    """Recompute the LLM's layers in the backward pass: less memory, up to a third slower."""
+    save_every: int | None = None
+    """Steps between checkpoints; none where it is not set."""
+    seed: int = 0
+
+
+def make_plan(index: Index, data: DataConfig, train: TrainConfig) -> Plan:
+    """The plan of a run, the same on every rank."""
+    return Plan(index.lengths, data.seq_length, train.rows_per_step, train.seed, data.packing)
+
+
+def num_steps(plan: Plan, train: TrainConfig) -> int:
+    return train.steps if train.steps is not None else plan.steps(train.epochs)
+
+
+def fit(
+    accelerator: Accelerator,
+    model: MultimodalLM,
+    processor: Processor,
+    index: Index,
+    data: DataConfig,
+    train: TrainConfig,
+    resume: bool = False,
+) -> None:
+    """Train in place.
+
+    Raises:
+        ValueError: the rows of a step cannot be dealt to the ranks; too many samples turn out unreadable.
+    """
+    plan = make_plan(index, data, train)
+    share = Share(accelerator.process_index, accelerator.num_processes, train.rows_per_micro_batch)
+    dataset = PlannedBatches(index, plan, processor, share)
+    if train.gradient_checkpointing:
+        model.llm.gradient_checkpointing_enable({"use_reentrant": False})
+    set_mode(model)
+    optimizer = torch.optim.AdamW(parameter_groups(model, train.learning_rate, train.weight_decay))
+    objective, optimizer = accelerator.prepare(NextToken(model), optimizer)
+    first_step = load_checkpoint(train.output_dir, model, optimizer, plan.fingerprint()) if resume else 0
+    last_step = num_steps(plan, train)
+    ledger = Ledger(train.output_dir, most=int(data.max_bad_share * len(index.samples)))
+    micro_batches = batches(dataset, first_step, last_step, data.num_workers)
+    with Metrics(train.output_dir, first_step, last_step, accelerator.is_main_process) as metrics:
+        for step in range(first_step, last_step):
+            set_rates(optimizer, rate_factor(step, last_step, train.warmup, train.schedule))
+            block = [next(micro_batches) for _ in range(dataset.accumulation)]
+            numbers = optimise(accelerator, objective, optimizer, block, train.max_grad_norm)
+            ledger.note(accelerator, block)
+            metrics.step(step + 1, {**numbers, **plan.counts(step), **rates(optimizer), "skipped": len(ledger.faults)})
+            if train.save_every and (step + 1) % train.save_every == 0 and accelerator.is_main_process:
+                save_checkpoint(train.output_dir, step + 1, model, optimizer, plan.fingerprint())
+    accelerator.wait_for_everyone()

@@ -1,0 +1,122 @@
+"""What is printed before the first step, and what stops a run there.
+
+Enters: the model, the index, the plan and the processor. Leaves: a table of what trains, the numbers of the run, one
+sample rendered with its mask; or a `ValueError` that shows the mask, if the share of supervised tokens is odd.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mllm.data.index import Index
+from mllm.data.plan import Plan
+from mllm.data.processor import Processor
+from mllm.models.multimodal import MultimodalLM
+from mllm.train.trainable import LearningRates, parts
+from mllm.types import IGNORE_INDEX, Sample
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+LOWEST_SHARE, HIGHEST_SHARE = 0.0005, 0.98
+"""Supervised share of the text tokens. Above: the mask covers the prompt as well. Below: nearly nothing is learned
+from."""
+SHOWN_TOKENS = 160
+
+
+def preflight(
+    console: Console,
+    model: MultimodalLM,
+    rates: LearningRates,
+    index: Index,
+    plan: Plan,
+    processor: Processor,
+    steps: int,
+) -> None:
+    """Print the run; refuse it if the labels are odd."""
+    console.print(parts_table(model, rates))
+    console.print(numbers_table(index, plan, processor, steps))
+    sample = index.samples[0]
+    console.print(
+        Text.assemble("first sample (supervised in green): ", render_mask(processor, sample, plan.seq_length))
+    )
+    check_supervised_share(index, processor, plan.seq_length)
+
+
+def parts_table(model: MultimodalLM, rates: LearningRates) -> Table:
+    """Parts with their parameters, frozen and trained, and the rate."""
+    table = Table("part", "frozen", "trained", "learning rate", title="what trains", title_justify="left")
+    for part in parts(model, rates):
+        rate = f"{part.rate:g}" if part.trained else "-"
+        table.add_row(part.name, f"{part.frozen:,}", f"{part.trained:,}", rate)
+    return table
+
+
+def numbers_table(index: Index, plan: Plan, processor: Processor, steps: int) -> Table:
+    """The run in numbers, each with its unit."""
+    table = Table("", "", show_header=False, title="the run", title_justify="left")
+    rows: Iterable[tuple[str, str]] = (
+        ("samples", f"{len(index.samples):,} used, {len(index.faults):,} skipped, {index.truncated:,} truncated"),
+        ("images", f"{index.num_images:,} of {processor.num_visual_tokens} visual tokens"),
+        ("tokens an epoch", f"{sum(index.lengths):,}"),
+        ("supervised share", f"{supervised_share(index, processor):.1%} of the text tokens"),
+        ("rows an epoch", f"{len(plan.epoch(0)):,} of {plan.seq_length} tokens, {plan.fill():.1%} filled"),
+        ("steps", f"{steps:,} of {plan.rows_per_step} rows"),
+    )
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def supervised_share(index: Index, processor: Processor) -> float:
+    """Supervised tokens among those that are text."""
+    text = sum(index.lengths) - index.num_images * processor.num_visual_tokens
+    return sum(index.supervised) / max(1, text)
+
+
+def check_supervised_share(index: Index, processor: Processor, seq_length: int) -> None:
+    """Stop where the mask is wrong, and show it.
+
+    Raises:
+        ValueError: a sample has no supervised token, or the share over all is out of range.
+    """
+    silent = next((s for s, n in zip(index.samples, index.supervised, strict=True) if n == 0), None)
+    share = supervised_share(index, processor)
+    if silent is None and LOWEST_SHARE <= share <= HIGHEST_SHARE:
+        return
+    shown = silent or index.samples[0]
+    what = "has no supervised token" if silent else f"is one of samples whose supervised share is {share:.2%}"
+    raise ValueError(
+        f"{shown.where} {what}: the chat template of {processor.tokenizer.name_or_path} does not mark the assistant's "
+        f"words as expected (supervised tokens stand between [[ and ]]):\n{mask_text(processor, shown, seq_length)}"
+    )
+
+
+def segments(processor: Processor, sample: Sample, seq_length: int) -> list[tuple[str, bool]]:
+    """Decoded runs of tokens, each supervised or not; an image's slots are one short word."""
+    ids, labels = processor.encode(sample, seq_length)
+    runs: list[tuple[list[int], bool]] = []
+    for token, label in zip(ids[:SHOWN_TOKENS], labels, strict=False):
+        if token == processor.image_token_id and runs and runs[-1][0][-1] == token:
+            continue
+        if not runs or runs[-1][1] != (label != IGNORE_INDEX):
+            runs.append(([], label != IGNORE_INDEX))
+        runs[-1][0].append(token)
+    return [(processor.tokenizer.decode(tokens), is_supervised) for tokens, is_supervised in runs]
+
+
+def render_mask(processor: Processor, sample: Sample, seq_length: int) -> Text:
+    """One sample with its supervised words in green."""
+    text = Text()
+    for words, is_supervised in segments(processor, sample, seq_length):
+        text.append(words, style="bold green" if is_supervised else "dim")
+    return text
+
+
+def mask_text(processor: Processor, sample: Sample, seq_length: int) -> str:
+    """One sample with its supervised words in double brackets."""
+    return "".join(f"[[{words}]]" if marked else words for words, marked in segments(processor, sample, seq_length))

@@ -1,0 +1,38 @@
+"""Stage 2, instruct: conversations about images; the connector goes on, the LLM joins it, by LoRA or whole.
+
+    accelerate launch recipes/finetune.py --config recipes/tiny/finetune.yaml
+
+Enters: a YAML whose `init_from` names a finished stage, and flags. Leaves: a stage folder that chats.
+"""
+
+from mllm.config import parse
+from mllm.models.build import build_model
+from mllm.stage import build_processor, check_run, close_stage, open_stage, read_data, start, user_errors
+from mllm.train.checkpoint import load_stage
+from mllm.train.loop import fit
+from mllm.train.trainable import choose_trainable
+
+
+def main() -> None:
+    config = parse()
+    accelerator = start(config)
+
+    processor = build_processor(config)
+    model = build_model(config.parts(), processor.image_token_id)
+    if config.init_from:
+        load_stage(model, config.init_from)
+    choose_trainable(model, config.train.learning_rate, config.train.lora)
+
+    index = read_data(accelerator, config, processor)
+    check_run(accelerator, config, model, processor, index)
+    if config.dry_run:
+        return
+
+    open_stage(accelerator, config, index)
+    fit(accelerator, model, processor, index, config.data, config.train, config.resume)
+    close_stage(accelerator, config, model, processor)
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main()

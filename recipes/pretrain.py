@@ -1,0 +1,35 @@
+"""Stage 1, align: image-text pairs teach the connector to speak the LLM's language; encoder and LLM stay frozen.
+
+    accelerate launch recipes/pretrain.py --config recipes/tiny/pretrain.yaml
+
+Enters: a YAML and flags. Leaves: a stage folder, from which `recipes/finetune.py` starts.
+"""
+
+from mllm.config import parse
+from mllm.models.build import build_model
+from mllm.stage import build_processor, check_run, close_stage, open_stage, read_data, start, user_errors
+from mllm.train.loop import fit
+from mllm.train.trainable import choose_trainable
+
+
+def main() -> None:
+    config = parse()
+    accelerator = start(config)
+
+    processor = build_processor(config)
+    model = build_model(config.parts(), processor.image_token_id)
+    choose_trainable(model, config.train.learning_rate, config.train.lora)
+
+    index = read_data(accelerator, config, processor)
+    check_run(accelerator, config, model, processor, index)
+    if config.dry_run:
+        return
+
+    open_stage(accelerator, config, index)
+    fit(accelerator, model, processor, index, config.data, config.train, config.resume)
+    close_stage(accelerator, config, model, processor)
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main()
