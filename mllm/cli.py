@@ -9,10 +9,13 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
+
+from mllm.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from mllm.generate import Assistant
@@ -137,12 +140,17 @@ def evaluate(
 ) -> None:
     """Score a model on a LLaVA-JSON file by exact match.
 
-    Args: model: Stage folder or Hub id. data: LLaVA-JSON file; each assistant turn is the answer to one question.
-    image_dir: Folder that its image names start from; the file's own folder where it is not given. json_output:
-    Write accuracies and every answer here. shuffle_images: Control: each question gets another sample's image. A
-    model that does not look scores the same. blank_images: Control: each image is a plain grey one. history: Keep
-    the earlier turns of a conversation, with their right answers, in front of each question. batch_size: Questions
-    answered at a time. max_new_tokens: Longest answer in tokens. seed: Of the shuffling.
+    Args:
+        model: Stage folder or Hub id.
+        data: LLaVA-JSON file; each assistant turn is the answer to one question.
+        image_dir: Folder that its image names start from; the file's own folder where it is not given.
+        json_output: Write accuracies and every answer here.
+        shuffle_images: Control: each question gets another sample's image. A model that does not look scores the same.
+        blank_images: Control: each image is a plain grey one.
+        history: Keep the earlier turns of a conversation, with their right answers, in front of each question.
+        batch_size: Questions answered at a time.
+        max_new_tokens: Longest answer in tokens.
+        seed: Of the shuffling.
     """
     if shuffle_images and blank_images:
         raise ValueError("--shuffle-images and --blank-images are two controls: run them one at a time")
@@ -159,18 +167,9 @@ def evaluate(
     exact.run(Assistant.load(model), samples, json_output, history, batch_size, max_new_tokens)
 
 
-def quiet_libraries() -> None:
-    """Loading bars and advice of libraries are not the answer to the question."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-
-
 def main() -> None:
     """The entry point; a user's mistake is one line, not a traceback."""
-    commands = {"chat": chat, "eval": evaluate}
+    commands: dict[str, Callable[..., Any]] = {"chat": chat, "eval": evaluate}
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="mllm", description=(__doc__ or "").splitlines()[0])
     except ValueError as error:

@@ -57,13 +57,12 @@ def parse(argv: list[str] | None = None) -> RunConfig:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", type=Path)
     known, rest = first.parse_known_args(argv)
-    options: dict[str, Any] = {}
-    if known.config:
-        try:
-            options["default"] = load_config(known.config)
-        except ValueError as error:
-            sys.exit(f"error: {error}")
-    return tyro.cli(RunConfig, args=rest, use_underscores=True, config=(tyro.conf.AvoidSubcommands,), **options)
+    try:
+        options = {"default": load_config(known.config)} if known.config else {}
+        config = tyro.cli(RunConfig, args=rest, use_underscores=True, config=(tyro.conf.AvoidSubcommands,), **options)
+        return validate(TypeAdapter(RunConfig).dump_python(config), "the command line")
+    except ValueError as error:
+        sys.exit(f"error: {error}")
 
 
 def load_config(path: Path) -> RunConfig:
@@ -74,12 +73,20 @@ def load_config(path: Path) -> RunConfig:
     """
     if not Path(path).is_file():
         raise ValueError(f"no config file {path}")
-    raw = yaml.load(Path(path).read_text(), Loader=Loader) or {}
+    try:
+        raw = yaml.load(Path(path).read_text(), Loader=Loader) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {error}") from error
+    return validate(raw, str(path))
+
+
+def validate(raw: Any, source: str) -> RunConfig:
+    """Check keys, types and ranges; all mistakes of `source` in one `ValueError`, a line each."""
     try:
         return TypeAdapter(RunConfig).validate_python(raw)
     except ValidationError as error:
         mistakes = "\n  ".join(explain(mistake) for mistake in error.errors())
-        raise ValueError(f"{path} has mistakes:\n  {mistakes}") from error
+        raise ValueError(f"{source} has mistakes:\n  {mistakes}") from error
 
 
 def dump_config(config: RunConfig) -> str:
@@ -98,6 +105,8 @@ def stage_config(folder: Path) -> Path:
 
 def explain(mistake: Any) -> str:
     """One line for one mistake: where, what, and the nearest key that exists."""
+    if not mistake["loc"]:
+        return f"expected sections (model, data, train), found {mistake['input']!r}"
     where, key = ".".join(str(part) for part in mistake["loc"]), str(mistake["loc"][-1])
     if mistake["type"] not in ("unexpected_keyword_argument", "extra_forbidden"):
         return f"{where}: {mistake['msg']}"

@@ -59,14 +59,22 @@ class Assistant:
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_special_tokens=True)
         with torch.inference_mode():
             inputs = self.inputs([self.processor.prompt(sample)])
-        work = Thread(
-            target=torch.inference_mode()(self.model.llm.generate),
-            kwargs={**inputs, **self.options(max_new_tokens), "streamer": streamer},
-            daemon=True,
-        )
+        failed: list[Exception] = []
+
+        @torch.inference_mode()
+        def generate() -> None:
+            try:
+                self.model.llm.generate(**inputs, **self.options(max_new_tokens), streamer=streamer)
+            except Exception as error:  # told to the caller below: here nobody would hear it, and he would wait
+                failed.append(error)
+                streamer.end()
+
+        work = Thread(target=generate, daemon=True)
         work.start()
         yield from streamer
         work.join()
+        if failed:
+            raise failed[0]
 
     def inputs(self, prompts: Sequence[Example]) -> dict[str, Tensor]:
         """Prompts side by side: embeddings [B, S, D] with visual tokens in place, padded on the left, and their
@@ -91,7 +99,7 @@ class Assistant:
     def decode(self, tokens: list[int]) -> str:
         """The words before the first end mark."""
         end = next((i for i, token in enumerate(tokens) if token in self.stop_ids), len(tokens))
-        return self.processor.tokenizer.decode(tokens[:end], skip_special_tokens=True).strip()
+        return str(self.processor.tokenizer.decode(tokens[:end], skip_special_tokens=True)).strip()
 
 
 def stop_ids(model: MultimodalLM, processor: Processor) -> list[int]:

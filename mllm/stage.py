@@ -19,10 +19,12 @@ from rich.console import Console
 from mllm.config import RunConfig, dump_config
 from mllm.data.index import Index, build_index
 from mllm.data.processor import Processor
-from mllm.models.build import visual_tokens_per_image
+from mllm.models.attention import check_isolation
+from mllm.models.build import check_llm, named, visual_tokens_per_image
 from mllm.models.multimodal import MultimodalLM
+from mllm.quiet import quiet_libraries
 from mllm.train.checkpoint import FINISHED, checkpoints, save_stage
-from mllm.train.loop import make_plan, num_steps
+from mllm.train.loop import deal, make_plan, num_steps
 from mllm.train.preflight import preflight
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ def start(config: RunConfig) -> Accelerator:
     from accelerate import Accelerator
 
     check_output(config)
+    quiet_libraries()
     accelerator = Accelerator(mixed_precision=config.train.mixed_precision)
     torch.manual_seed(config.train.seed)
     console(accelerator).print(dump_config(config), highlight=False, style="dim")
@@ -58,7 +61,9 @@ def build_processor(config: RunConfig) -> Processor:
     """The processor of the parts, its visual tokens counted from config files alone."""
     parts = config.parts()
     visual_tokens = visual_tokens_per_image(parts)
-    return Processor.from_hub(parts.llm, parts.vision_encoder, visual_tokens, config.data.image_fit)
+    check_llm(parts)
+    with named("tokenizer or image processor", f"{parts.llm} or {parts.vision_encoder}"):
+        return Processor.from_hub(parts.llm, parts.vision_encoder, visual_tokens, config.data.image_fit)
 
 
 def read_data(accelerator: Accelerator, config: RunConfig, processor: Processor) -> Index:
@@ -73,7 +78,10 @@ def check_run(
 ) -> None:
     """Tell the run before its first step; stop it where data or labels are wrong."""
     index.check(config.data.max_bad_share)
+    if config.data.packing:
+        check_isolation(model.llm)
     plan = make_plan(index, config.data, config.train)
+    deal(accelerator, index, plan, processor, config.train)
     steps = num_steps(plan, config.train)
     preflight(console(accelerator), model, config.train.learning_rate, index, plan, processor, steps)
 
@@ -103,6 +111,12 @@ def close_stage(accelerator: Accelerator, config: RunConfig, model: MultimodalLM
 def check_output(config: RunConfig) -> None:
     """Refuse a folder that holds a run, unless told what to do with it."""
     folder = config.train.output_dir
+    if folder.is_file():
+        raise ValueError(f"train.output_dir {folder} is a file: name a folder")
+    if config.init_from and folder.resolve() == config.init_from.resolve():
+        raise ValueError(
+            f"init_from and train.output_dir are both {folder}: a stage cannot replace the one it starts from"
+        )
     if config.resume and config.overwrite:
         raise ValueError("--resume keeps the output folder and --overwrite empties it: give one of them")
     used = [name for name in WRITTEN if (folder / name).exists()]

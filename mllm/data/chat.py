@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
@@ -33,7 +34,13 @@ DEFAULT_TEMPLATE = (
 
 
 def ensure_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give a tokenizer without a chat template the default one, and say so."""
+    """Give a tokenizer without a chat template the default one, and say so; refuse one that cannot tell where its
+    tokens stand in the text."""
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{tokenizer.name_or_path} has a slow tokenizer ({type(tokenizer).__name__}) without character offsets: "
+            f"labels cannot be taken from it. Convert it to a tokenizer.json"
+        )
     if not tokenizer.chat_template:
         warnings.warn(
             f"{tokenizer.name_or_path} has no chat template: using mllm's default (USER: / ASSISTANT:)",
@@ -51,12 +58,15 @@ def encode(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> tuple
     """`input_ids` and `labels` [T]: labels are the ids where the assistant speaks, `IGNORE_INDEX` elsewhere."""
     text, spans = render_with_spans(tokenizer, messages)
     tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    input_ids: list[int] = tokens["input_ids"]
-    labels = [
-        token if any(start < stop and end > begin for begin, stop in spans if start < end) else IGNORE_INDEX
-        for token, (start, end) in zip(input_ids, tokens["offset_mapping"], strict=True)
-    ]
-    return input_ids, labels
+    added = tokenizer.added_tokens_decoder
+    labels = []
+    for token, (start, end) in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True):
+        first = min(start, end - 1)  # Llama-3 trims spaces off its offsets: a token of spaces alone is (end, end)
+        spoken = any(first < stop and end > begin for begin, stop in spans)
+        # a role's token that swallows the white space behind it (Phi-3) reaches into the answer, and is not of it
+        frame = token in added and any(first < begin < end for begin, _ in spans)
+        labels.append(token if spoken and not frame else IGNORE_INDEX)
+    return tokens["input_ids"], labels
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
@@ -74,7 +84,7 @@ def render_with_spans(tokenizer: PreTrainedTokenizerBase, messages: list[Message
     position = 0
     for i, answer in enumerate(answers):
         start = position + len(frame[i])
-        printed = next((form for form in (answer, answer.strip()) if text.startswith(form, start)), None)
+        printed = next((form for form in forms(answer) if text.startswith(form + frame[i + 1], start)), None)
         if printed is None or not text.startswith(frame[i], position):
             raise ValueError(
                 f"the chat template of {tokenizer.name_or_path} changes the assistant's words {answer!r}: "
@@ -87,12 +97,20 @@ def render_with_spans(tokenizer: PreTrainedTokenizerBase, messages: list[Message
     return text, spans
 
 
+def forms(answer: str) -> tuple[str, ...]:
+    """What templates make of an answer: nothing, or it loses white space (all of it, or, Qwen3, the new lines)."""
+    return answer, answer.strip(), answer.lstrip(), answer.rstrip(), answer.strip("\n"), answer.lstrip("\n")
+
+
 def split_at_answers(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[str]:
     """What the template prints before, between and behind the answers: one piece more than there are answers."""
-    turns, markers = [], []
+    turns: list[tuple[str, str]] = []
+    markers: list[str] = []
+    said = "".join(words(message) for message in messages)
+    stem = next(stem for n in count() if (stem := f"mllm{n}Answer") not in said)
     for message in messages:
         if message.role == "assistant":
-            markers.append(f"mllmAnswer{len(markers)}mllm")
+            markers.append(f"{stem}{len(markers)}mllm")
         turns.append((message.role, markers[-1] if message.role == "assistant" else words(message)))
     rest, frame = apply_template(tokenizer, turns), []
     for marker in markers:
@@ -121,8 +139,9 @@ def end_mark_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Every token of the vocabulary that is marked special, except the image's placeholder."""
-    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    """Every token of the vocabulary that was added whole (ChatML's marks are not flagged special by every tokenizer),
+    except runs of white space and the image's placeholder."""
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
     return [token for token in dict.fromkeys([*tokenizer.all_special_tokens, *added]) if token != IMAGE_TOKEN]
 
 

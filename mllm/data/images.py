@@ -20,6 +20,8 @@ from mllm.types import ImageSource
 MAX_BYTES = 100 * 2**20
 """Nobody trains on larger files; whoever sends one wants to fill the memory."""
 URL_SECONDS = 10
+MAX_ASPECT = 200
+"""Qwen2-VL's limit: an encoder that resizes the shortest edge makes gigabytes of a line one pixel thin."""
 
 
 def open_image(source: ImageSource) -> Image.Image:
@@ -32,8 +34,10 @@ def open_image(source: ImageSource) -> Image.Image:
         ValueError: names the image and says what is wrong with it.
     """
     try:
-        image = source if isinstance(source, Image.Image) else Image.open(stream(source))
-        return flatten(ImageOps.exif_transpose(image))
+        if isinstance(source, Image.Image):
+            return flatten(ImageOps.exif_transpose(sound(source)))
+        with Image.open(stream(source)) as image:
+            return flatten(ImageOps.exif_transpose(sound(image)))
     except MemoryError:
         raise
     except Exception as error:  # broken files make Pillow raise far more than OSError
@@ -43,9 +47,19 @@ def open_image(source: ImageSource) -> Image.Image:
 def image_size(source: ImageSource) -> tuple[int, int]:
     """Width and height in pixels from the header alone (upright or not: the eye of an index, not of a model)."""
     try:
-        return source.size if isinstance(source, Image.Image) else Image.open(stream(source)).size
+        if isinstance(source, Image.Image):
+            return sound(source).size
+        with Image.open(stream(source)) as image:
+            return sound(image).size
     except Exception as error:
         raise ValueError(f"cannot read image {describe(source)}: {reason(error)}") from error
+
+
+def sound(image: Image.Image) -> Image.Image:
+    """The image itself, if its sides are such that a resize by the shortest one fits in memory."""
+    if min(image.size) == 0 or max(image.size) > MAX_ASPECT * min(image.size):
+        raise ValueError(f"{image.width} x {image.height} pixels: no side may be {MAX_ASPECT} times the other")
+    return image
 
 
 def stream(source: str | Path | bytes) -> io.BytesIO | Path:
@@ -84,9 +98,12 @@ def flatten(image: Image.Image) -> Image.Image:
 
 def to_eight_bits(image: Image.Image) -> Image.Image:
     """Grey with more than eight bits: 0..65535 for integers, 0..1 for floats that stay below one, else 0..255."""
-    values = np.asarray(image, dtype=np.float64)
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
     top = values.max(initial=0.0)
-    full = 65535.0 if image.mode != "F" and top > 255 else (1.0 if image.mode == "F" and top <= 1.0 else 255.0)
+    if image.mode == "F":
+        full = 1.0 if top <= 1.0 else 255.0
+    else:  # `I` holds 32 bits, and files of 8 or of 16 are read into it; `I;16` says what it is
+        full = 255.0 if image.mode == "I" and top <= 255 else 65535.0
     return Image.fromarray(np.clip(values * (255.0 / full), 0, 255).astype(np.uint8))
 
 
@@ -94,8 +111,9 @@ def describe(source: ImageSource) -> str:
     """A short name for messages: a data URI or bytes are not printed whole."""
     if isinstance(source, bytes):
         return f"({len(source)} bytes)"
-    return str(source)[:200]
+    text = str(source)
+    return text[:60] if text.startswith("data:") else text[:500]
 
 
 def reason(error: Exception) -> str:
-    return str(error) or type(error).__name__
+    return str(error)[:300] or type(error).__name__

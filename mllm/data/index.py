@@ -7,6 +7,7 @@ forgotten. What is wrong with the data is known here, all of it, before the firs
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,8 @@ class Index:
     """Samples that were cut to `max_length`."""
     faults: list[str] = field(default_factory=list)
     """One line a record that was not used: file, row and what is wrong."""
+    ids: Counter[str] = field(default_factory=Counter)
+    """How often each id was read: the second `a` becomes `a~1`, since state of a sample hangs on its id."""
 
     @property
     def num_images(self) -> int:
@@ -53,6 +56,8 @@ class Index:
             quarantine.write_text("".join(json.dumps({"fault": fault}) + "\n" for fault in self.faults))
         if self.samples and self.bad_share <= max_bad_share:
             return
+        if not self.faults:
+            raise ValueError("the data files hold no records: check the paths under data.sources")
         shown = "\n  ".join(self.faults[:SHOWN])
         more = f"\n  ... and {len(self.faults) - SHOWN} more" if len(self.faults) > SHOWN else ""
         raise ValueError(
@@ -79,6 +84,9 @@ def build_index(sources: Iterable[Source], processor: Processor, max_length: int
 
 def add(index: Index, sample: Sample, processor: Processor, max_length: int) -> None:
     """Measure one sample; what cannot be used becomes a fault."""
+    index.ids[sample.id] += 1
+    if index.ids[sample.id] > 1:
+        sample.id = f"{sample.id}~{index.ids[sample.id] - 1}"
     try:
         for image in sample.images:
             image_size(image)

@@ -8,9 +8,9 @@ block of `rows_per_step` of them. So a step is the same whoever asks: any rank, 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 import numpy as np
 
@@ -30,14 +30,21 @@ class Plan:
     seed: int = 0
     packing: bool = True
     """Without packing each row is one sample."""
-    _starts: list[int] = field(default_factory=lambda: [0], repr=False)
+    _starts: list[int] = field(default_factory=lambda: [0], init=False, repr=False)
+    _packed: dict[int, list[list[int]]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_epoch", lru_cache(maxsize=2)(self._pack_epoch))
+        if not len(self.lengths):
+            raise ValueError("no samples to plan: check the files under data.sources")
 
     def epoch(self, number: int) -> list[list[int]]:
-        """All rows of one epoch: every sample exactly once."""
-        return self._epoch(number)  # type: ignore[attr-defined, no-any-return]
+        """All rows of one epoch: every sample exactly once. The last two asked for are remembered: steps cross
+        from one to the next."""
+        if number not in self._packed:
+            for other in list(self._packed)[:-1]:
+                del self._packed[other]
+            self._packed[number] = self._pack_epoch(number)
+        return self._packed[number]
 
     def _pack_epoch(self, number: int) -> list[list[int]]:
         order = np.random.default_rng((self.seed, number)).permutation(len(self.lengths)).tolist()
@@ -53,13 +60,22 @@ class Plan:
     def row(self, number: int) -> list[int]:
         """The row with that number in the endless sequence of all epochs."""
         while self._starts[-1] <= number:
-            self._starts.append(self._starts[-1] + len(self.epoch(len(self._starts) - 1)))
+            self.start(len(self._starts))
         epoch = int(np.searchsorted(self._starts, number, side="right")) - 1
         return self.epoch(epoch)[number - self._starts[epoch]]
 
+    def start(self, epoch: int) -> int:
+        """The number of that epoch's first row: all the rows of the epochs before it."""
+        while len(self._starts) <= epoch:
+            self._starts.append(self._starts[-1] + len(self.epoch(len(self._starts) - 1)))
+        return self._starts[epoch]
+
     def steps(self, epochs: float) -> int:
-        """Optimiser steps of so many epochs, rounded up; the first epoch's rows stand for all."""
-        return max(1, -int(-epochs * len(self.epoch(0)) // self.rows_per_step))
+        """Optimiser steps of so many epochs, rounded up: no sample of them is left out."""
+        whole = int(epochs)
+        part = (epochs - whole) * len(self.epoch(whole)) if epochs > whole else 0
+        rows = self.start(whole) + math.ceil(round(part, 6))  # 0.07 of 100 rows are 7, not 8
+        return max(1, -(-rows // self.rows_per_step))
 
     def counts(self, step: int) -> dict[str, float]:
         """Samples and real tokens of one step over all ranks, and the share of the row space they fill."""

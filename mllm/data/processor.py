@@ -11,10 +11,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mllm.data import chat
 from mllm.data.images import open_image
@@ -22,9 +22,11 @@ from mllm.types import IGNORE_INDEX, IMAGE_TOKEN, Example, ImageSource, Mark, Sa
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import BaseImageProcessor, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 ImageFit = Literal["native", "pad"]
+LARGEST_SIDE = 4096
+"""An image is shrunk to this before it is padded: more than any encoder sees, and its square fits in memory."""
 
 
 @dataclass
@@ -32,7 +34,7 @@ class Processor:
     """Tokenizer, image processor and the number of visual tokens an image becomes."""
 
     tokenizer: PreTrainedTokenizerBase
-    image_processor: BaseImageProcessor
+    image_processor: Any
     num_visual_tokens: int
     """V: slots that each image's placeholder becomes."""
     image_fit: ImageFit = "native"
@@ -43,7 +45,7 @@ class Processor:
         chat.ensure_template(self.tokenizer)
         if IMAGE_TOKEN not in self.tokenizer.get_vocab():
             self.tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
-        self.image_token_id: int = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        self.image_token_id = self.tokenizer.get_vocab()[IMAGE_TOKEN]
         self.pixel_shape: tuple[int, int, int] = tuple(self.pixels([Image.new("RGB", (8, 8))]).shape[1:])  # type: ignore[assignment]
 
     def __call__(self, sample: Sample, max_length: int | None = None) -> Example:
@@ -59,6 +61,9 @@ class Processor:
         """`input_ids` and `labels` [T], expanded and cut; no image is opened."""
         input_ids, labels = chat.encode(self.tokenizer, sample.messages)
         self.check_placeholders(sample, input_ids)
+        labels = [  # an image in the assistant's own turn is shown, not said
+            IGNORE_INDEX if t == self.image_token_id else label for t, label in zip(input_ids, labels, strict=True)
+        ]
         input_ids, labels = self.expand(input_ids), self.expand(labels, input_ids)
         return self.cut(sample, input_ids, labels, max_length)
 
@@ -113,6 +118,7 @@ class Processor:
         """The image, padded to a square if `image_fit` says so."""
         if self.image_fit == "native" or image.width == image.height:
             return image
+        image = ImageOps.contain(image, (LARGEST_SIDE, LARGEST_SIDE)) if max(image.size) > LARGEST_SIDE else image
         mean = tuple(round(255 * value) for value in self.image_processor.image_mean)
         side = max(image.size)
         square = Image.new("RGB", (side, side), mean)

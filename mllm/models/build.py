@@ -47,7 +47,17 @@ def visual_tokens_per_image(config: ModelConfig) -> int:
 
     with named("vision encoder", config.vision_encoder):
         encoder = vision_config(AutoConfig.from_pretrained(config.vision_encoder))
+        if not hasattr(encoder, "patch_size"):
+            raise ValueError(f"a {encoder.model_type} has no patches")
     return config.connector.num_tokens(num_patches(encoder))
+
+
+def check_llm(config: ModelConfig) -> None:
+    """Is there an LLM of that name? Asked of its config file, before anything large is read."""
+    from transformers import AutoConfig
+
+    with named("LLM", config.llm):
+        AutoConfig.from_pretrained(config.llm)
 
 
 def build_model(config: ModelConfig, image_token_id: int) -> MultimodalLM:
@@ -76,7 +86,7 @@ def load_vision_model(config: ModelConfig) -> nn.Module:
         return getattr(whole, "vision_model", whole)
 
 
-def load_llm(config: ModelConfig) -> nn.Module:
+def load_llm(config: ModelConfig) -> Any:
     """The causal LLM with the attention kernel of the config."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -94,4 +104,6 @@ def named(part: str, name: str) -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
+        if "attention implementation" in first:
+            raise ValueError(f"the {part} {name!r} needs another model.attention, e.g. eager ({first})") from error
         raise ValueError(f"no {part} at {name!r}: give a Hub id or a folder that holds one ({first})") from error

@@ -11,6 +11,8 @@ B rows, S tokens of a row, N images, P patches, V visual tokens an image, Dv D w
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -21,13 +23,11 @@ from mllm.models.vision_encoder import VisionEncoder
 class MultimodalLM(nn.Module):
     """Give it its parts; tests hand in tiny ones."""
 
-    def __init__(
-        self, vision_encoder: VisionEncoder, connector: nn.Module, llm: nn.Module, image_token_id: int
-    ) -> None:
+    def __init__(self, vision_encoder: VisionEncoder, connector: nn.Module, llm: Any, image_token_id: int) -> None:
         super().__init__()
         self.vision_encoder = vision_encoder
         self.connector = connector
-        self.llm = llm
+        self.llm: Any = llm
         self.image_token_id = image_token_id
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, pixel_values: Tensor, num_images: int) -> Tensor:

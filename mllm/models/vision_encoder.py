@@ -19,10 +19,10 @@ from torch import Tensor, nn
 class VisionEncoder(nn.Module):
     """Wraps the vision model of any transformers class with square patches and a list of layers."""
 
-    def __init__(self, model: nn.Module, feature_layer: int = -2) -> None:
+    def __init__(self, model: Any, feature_layer: int = -2) -> None:
         """`feature_layer` counts hidden states as transformers does: 0 the embeddings, -1 the last layer's output."""
         super().__init__()
-        self.model = model
+        self.model: Any = model
         self.num_patches = num_patches(model.config)
         self.width: int = model.config.hidden_size
         self._features: Tensor | None = None
@@ -34,13 +34,32 @@ class VisionEncoder(nn.Module):
         self._features = output if isinstance(output, Tensor) else output[0]
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """[N, 3, H, W] -> [N, P, Dv], with a gradient only where a weight of the encoder asks for one."""
+        """[N, 3, H, W] -> [N, P, Dv], with a gradient only where a weight of the encoder asks for one.
+
+        Raises:
+            ValueError: the images are not of the size that the encoder's config promises.
+        """
+        side: int = self.model.config.image_size
+        if tuple(pixel_values.shape[2:]) != (side, side):  # DINOv2 takes any size, and P would not be as promised
+            raise ValueError(
+                f"images of {tuple(pixel_values.shape[2:])} pixels for an encoder of {side} x {side}: "
+                f"set the sizes of its image processor to {side}"
+            )
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.model.parameters())
         with torch.set_grad_enabled(trains):
             self.model(pixel_values=pixel_values.to(self.model.dtype))
         assert self._features is not None, "the encoder never called its last layer"
         features, self._features = self._features, None
         return self.without_prefix(features)  # [N, P, Dv]
+
+    def freeze_behind_tap(self) -> None:
+        """Freeze what no feature depends on (final norm, pooler): DDP would wait for gradients that never come."""
+        trained = [p for p in self.parameters() if p.requires_grad]
+        side = self.model.config.image_size
+        blank = torch.zeros(1, 3, side, side, device=trained[0].device)
+        gradients = torch.autograd.grad(self(blank).sum(), trained, allow_unused=True)
+        for parameter, gradient in zip(trained, gradients, strict=True):
+            parameter.requires_grad_(gradient is not None)
 
     def without_prefix(self, features: Tensor) -> Tensor:
         """Drop what stands before the patches: a class token (CLIP, ViT), registers too (DINOv2), nothing (SigLIP)."""
@@ -60,7 +79,7 @@ def vision_config(config: Any) -> Any:
     return getattr(config, "vision_config", config)
 
 
-def layer_list(model: nn.Module) -> nn.ModuleList:
+def layer_list(model: Any) -> nn.ModuleList:
     """The transformer's layers: the list that is as long as the config says."""
     depth = model.config.num_hidden_layers
     for module in model.modules():

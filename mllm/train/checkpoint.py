@@ -5,7 +5,7 @@ Stage folder: `config.yaml`, `connector.safetensors`, `adapter/` (LoRA, peft's o
 `vision_encoder.safetensors` where a part trained whole, `processor/`. Frozen weights are named in the config, not
 copied.
 
-Checkpoint `checkpoints/step-N/`: what trains, the optimiser's moments, the random state, the step. Both are written
+Checkpoint `checkpoints/step-N/`: what trains, the optimiser's moments, the step. Both are written
 beside their place and renamed into it, so that a folder of that name is whole.
 """
 
@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -43,19 +43,34 @@ def save_stage(folder: Path, model: MultimodalLM, processor: Processor, config_y
 
 
 def save_part(folder: Path, name: str, part: nn.Module) -> None:
-    """An LLM's adapter, or the whole part if it differs from its Hub id; nothing for a frozen one."""
+    """An LLM's adapter, and the whole part if it differs from its Hub id; nothing for a frozen one."""
     from peft import PeftModel
 
-    if isinstance(part, PeftModel):
-        part.save_pretrained(folder / "adapter")
-    elif any(p.requires_grad for p in part.parameters()) or getattr(part, "differs_from_hub", False):
-        save_whole(part, folder / f"{name}.safetensors")
+    adapted = isinstance(part, PeftModel)
+    if adapted:
+        part.save_pretrained(str(folder / "adapter"))
+    if getattr(part, "differs_from_hub", False) or (not adapted and any(p.requires_grad for p in part.parameters())):
+        save_tensors(without_adapter(part), folder / f"{name}.safetensors")
+
+
+def without_adapter(part: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights under their own names, also where peft has wrapped them; its adapter is left out."""
+    return {
+        name.removeprefix("base_model.model.").replace(".base_layer.", "."): parameter
+        for name, parameter in part.named_parameters()
+        if ".lora_" not in name
+    }
 
 
 def save_whole(module: nn.Module, path: Path) -> None:
-    """Every parameter once (tied ones under their first name), through a file beside it."""
+    """Every parameter once (tied ones under their first name)."""
+    save_tensors(dict(module.named_parameters()), path)
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Through a file beside it, so that a file of that name is whole."""
     beside = path.with_suffix(".partial")
-    save_file({name: p.detach().cpu().contiguous() for name, p in module.named_parameters()}, str(beside))
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, str(beside))
     beside.rename(path)
 
 
@@ -80,8 +95,16 @@ def load_stage(model: MultimodalLM, folder: Path) -> None:
 
 def load_whole(module: nn.Module, path: Path) -> None:
     """Copy a part's weights into place after comparing every name and shape."""
+    load_tensors(dict(module.named_parameters()), path)
+
+
+def load_tensors(own: dict[str, torch.Tensor], path: Path) -> None:
+    """Copy a file into tensors.
+
+    Raises:
+        ValueError: names or shapes differ; names them.
+    """
     saved = load_file(str(path))
-    own = dict(module.named_parameters())
     wrong = [f"{name}: not in the file" for name in own.keys() - saved.keys()]
     wrong += [f"{name}: not in the model" for name in saved.keys() - own.keys()]
     wrong += [
@@ -92,8 +115,8 @@ def load_whole(module: nn.Module, path: Path) -> None:
     if wrong:
         raise ValueError(f"{path} does not fit this model:\n  " + "\n  ".join(sorted(wrong)[:8]))
     with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(saved[name])
+        for name, tensor in own.items():
+            tensor.copy_(saved[name])
 
 
 def save_checkpoint(
@@ -103,12 +126,8 @@ def save_checkpoint(
     beside = folder / "checkpoints" / f".partial-{step}"
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    save_file(
-        {name: p.detach().cpu().contiguous() for name, p in trained_weights(model).items()},
-        str(beside / "trained.safetensors"),
-    )
+    save_tensors(trained_weights(model), beside / "trained.safetensors")
     torch.save(optimizer.state_dict(), beside / "optimizer.pt")
-    torch.save(random_state(), beside / "random.pt")
     (beside / "state.json").write_text(json.dumps({"step": step, "plan": fingerprint}))
     for file in beside.iterdir():
         with file.open("rb") as written:
@@ -123,8 +142,9 @@ def save_checkpoint(
 def load_checkpoint(folder: Path, model: MultimodalLM, optimizer: torch.optim.Optimizer, fingerprint: str) -> int:
     """Continue the newest checkpoint; the number of steps it has behind it, 0 if there is none.
 
-    Raises: ValueError: the checkpoint was made with another plan (data, seed or layout), so its position means
-    nothing here.
+    Raises:
+        ValueError: the checkpoint was made with another plan (data, seed or layout), so its position means nothing
+            here; or other weights train now.
     """
     found = checkpoints(folder)
     if not found:
@@ -136,27 +156,16 @@ def load_checkpoint(folder: Path, model: MultimodalLM, optimizer: torch.optim.Op
             f"{newest} was made with other data, another tokenizer, seed, seq_length or rows_per_step: "
             f"resume with the settings in {folder / 'config.yaml'}, or start again with --overwrite"
         )
-    saved = load_file(str(newest / "trained.safetensors"))
-    with torch.no_grad():
-        for name, parameter in trained_weights(model).items():
-            parameter.copy_(saved[name])
-    optimizer.load_state_dict(torch.load(newest / "optimizer.pt", weights_only=True))
-    set_random_state(torch.load(newest / "random.pt", weights_only=True))
+    load_tensors(dict(trained_weights(model)), newest / "trained.safetensors")
+    moments = torch.load(newest / "optimizer.pt", weights_only=True)["state"]
+    groups = optimizer.state_dict()["param_groups"]  # rates and decay are the config's, not the checkpoint's
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})
     return int(state["step"])
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints, oldest first."""
-    return sorted((folder / "checkpoints").glob("step-*"), key=lambda path: int(path.name.partition("-")[2]))
-
-
-def random_state() -> dict[str, Any]:
-    """torch's generators; nothing else draws in the loop."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+    whole = [
+        path.parent for path in (folder / "checkpoints").glob("step-*/state.json") if path.parent.name[5:].isdigit()
+    ]
+    return sorted(whole, key=lambda path: int(path.name[5:]))

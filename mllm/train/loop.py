@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
 
 from mllm.data.index import Index
@@ -21,7 +22,7 @@ from mllm.data.loader import DataConfig, PlannedBatches, Share, batches
 from mllm.data.plan import Plan
 from mllm.data.processor import Processor
 from mllm.models.multimodal import MultimodalLM
-from mllm.schema import Schema
+from mllm.schema import Fraction, NotNegative, Positive, Schema
 from mllm.train.checkpoint import load_checkpoint, save_checkpoint
 from mllm.train.ledger import Ledger
 from mllm.train.losses import NextToken
@@ -44,24 +45,24 @@ class TrainConfig(Schema):
     """What trains, and its peak rate; a part without a rate is frozen."""
     lora: Lora | None = None
     """Adapters on the LLM instead of training it whole."""
-    epochs: float = 1.0
+    epochs: NotNegative = 1.0
     """Passes over the data."""
-    steps: int | None = None
+    steps: Positive | None = None
     """Optimiser steps; overrides `epochs`."""
-    rows_per_step: int = 8
+    rows_per_step: Positive = 8
     """Rows of one optimiser step over all ranks and accumulation steps: the global batch."""
-    rows_per_micro_batch: int = 1
+    rows_per_micro_batch: Positive = 1
     """Rows that one rank computes at a time. Changes memory and speed, never the result."""
-    warmup: float = 0.03
+    warmup: Fraction = 0.03
     """Share of the steps over which the rate rises from zero."""
     schedule: Schedule = "cosine"
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
+    weight_decay: NotNegative = 0.0
+    max_grad_norm: NotNegative = 1.0
     mixed_precision: Literal["no", "bf16"] = "no"
     """Of the computation; what trains is kept in float32."""
     gradient_checkpointing: bool = False
     """Recompute the LLM's layers in the backward pass: less memory, up to a third slower."""
-    save_every: int | None = None
+    save_every: Positive | None = None
     """Steps between checkpoints; none where it is not set."""
     seed: int = 0
 
@@ -69,6 +70,14 @@ class TrainConfig(Schema):
 def make_plan(index: Index, data: DataConfig, train: TrainConfig) -> Plan:
     """The plan of a run, the same on every rank."""
     return Plan(index.lengths, data.seq_length, train.rows_per_step, train.seed, data.packing)
+
+
+def deal(
+    accelerator: Accelerator, index: Index, plan: Plan, processor: Processor, train: TrainConfig
+) -> PlannedBatches:
+    """This rank's micro-batches of the plan; a `ValueError` where the rows of a step cannot be dealt to the ranks."""
+    share = Share(accelerator.process_index, accelerator.num_processes, train.rows_per_micro_batch)
+    return PlannedBatches(index, plan, processor, share)
 
 
 def num_steps(plan: Plan, train: TrainConfig) -> int:
@@ -90,8 +99,7 @@ def fit(
         ValueError: the rows of a step cannot be dealt to the ranks; too many samples turn out unreadable.
     """
     plan = make_plan(index, data, train)
-    share = Share(accelerator.process_index, accelerator.num_processes, train.rows_per_micro_batch)
-    dataset = PlannedBatches(index, plan, processor, share)
+    dataset = deal(accelerator, index, plan, processor, train)
     if train.gradient_checkpointing:
         model.llm.gradient_checkpointing_enable({"use_reentrant": False})
     set_mode(model)
@@ -103,6 +111,7 @@ def fit(
     micro_batches = batches(dataset, first_step, last_step, data.num_workers)
     with Metrics(train.output_dir, first_step, last_step, accelerator.is_main_process) as metrics:
         for step in range(first_step, last_step):
+            torch.manual_seed(step_seed(train.seed, step, accelerator.process_index))
             set_rates(optimizer, rate_factor(step, last_step, train.warmup, train.schedule))
             block = [next(micro_batches) for _ in range(dataset.accumulation)]
             numbers = optimise(accelerator, objective, optimizer, block, train.max_grad_norm)
@@ -111,3 +120,8 @@ def fit(
             if train.save_every and (step + 1) % train.save_every == 0 and accelerator.is_main_process:
                 save_checkpoint(train.output_dir, step + 1, model, optimizer, plan.fingerprint())
     accelerator.wait_for_everyone()
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """What dropout draws from: a function of the position, so that a resumed run needs no random state."""
+    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0])

@@ -69,7 +69,8 @@ def keep_before(path: Path, step: int) -> list[dict[str, Any]]:
     """The lines of earlier steps, after cutting the file there: a resumed run writes the later ones anew."""
     if not path.exists():
         return []
-    kept = [line for line in map(json.loads, path.read_text().splitlines()) if line["step"] <= step]
+    whole = [line for line in path.read_text().splitlines() if line.endswith("}")]  # a cut-off run may leave half a one
+    kept = [line for line in map(json.loads, whole) if line["step"] <= step]
     path.write_text("".join(json.dumps(line) + "\n" for line in kept))
     return kept
 

@@ -106,7 +106,7 @@ def segments(processor: Processor, sample: Sample, seq_length: int) -> list[tupl
         if not runs or runs[-1][1] != (label != IGNORE_INDEX):
             runs.append(([], label != IGNORE_INDEX))
         runs[-1][0].append(token)
-    return [(processor.tokenizer.decode(tokens), is_supervised) for tokens, is_supervised in runs]
+    return [(str(processor.tokenizer.decode(tokens)), is_supervised) for tokens, is_supervised in runs]
 
 
 def render_mask(processor: Processor, sample: Sample, seq_length: int) -> Text:

@@ -13,26 +13,26 @@ import torch
 from torch import nn
 
 from mllm.models.multimodal import MultimodalLM
-from mllm.schema import Schema
+from mllm.schema import Fraction, NotNegative, Positive, Schema
 
 
 @dataclass
 class LearningRates(Schema):
     """Peak learning rate of each part. A part without a rate is frozen."""
 
-    connector: float | None = None
-    llm: float | None = None
+    connector: NotNegative | None = None
+    llm: NotNegative | None = None
     """Of the whole LLM, or of its LoRA adapter where `lora` is set."""
-    vision_encoder: float | None = None
+    vision_encoder: NotNegative | None = None
 
 
 @dataclass
 class Lora(Schema):
     """Low-rank adapters on every linear layer of the LLM except its head (peft)."""
 
-    rank: int = 16
-    alpha: int = 32
-    dropout: float = 0.0
+    rank: Positive = 16
+    alpha: Positive = 32
+    dropout: Fraction = 0.0
 
 
 @dataclass
@@ -55,11 +55,16 @@ def choose_trainable(model: MultimodalLM, rates: LearningRates, lora: Lora | Non
     if not any(getattr(rates, part.name) for part in fields(rates)):
         raise ValueError("nothing trains: give train.learning_rate.connector, .llm or .vision_encoder a rate")
     model.requires_grad_(False)
-    for name in ("connector", "vision_encoder", "llm"):
-        if getattr(rates, name) is not None and not (name == "llm" and lora):
-            getattr(model, name).requires_grad_(True)
     if lora:
         attach_lora(model, lora)
+    elif rates.llm is not None:
+        merge_lora(model)
+        model.llm.requires_grad_(True)
+    if rates.connector is not None:
+        model.connector.requires_grad_(True)
+    if rates.vision_encoder is not None:
+        model.vision_encoder.requires_grad_(True)
+        model.vision_encoder.freeze_behind_tap()
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -70,6 +75,12 @@ def attach_lora(model: MultimodalLM, lora: Lora) -> None:
     from peft import LoraConfig, PeftModel, get_peft_model
 
     if isinstance(model.llm, PeftModel):  # an earlier stage's adapter goes on training
+        own = model.llm.peft_config["default"]
+        if (own.r, own.lora_alpha) != (lora.rank, lora.alpha):
+            raise ValueError(
+                f"the earlier stage's adapter has rank {own.r} and alpha {own.lora_alpha}, train.lora says "
+                f"rank {lora.rank} and alpha {lora.alpha}: an adapter cannot change its size"
+            )
         for name, parameter in model.llm.named_parameters():
             parameter.requires_grad_("lora_" in name)
         return
@@ -81,6 +92,15 @@ def attach_lora(model: MultimodalLM, lora: Lora) -> None:
         target_modules="all-linear",
     )
     model.llm = get_peft_model(model.llm, config)  # type: ignore[arg-type]
+
+
+def merge_lora(model: MultimodalLM) -> None:
+    """Put an earlier stage's adapter into the weights below it, before these train themselves."""
+    from peft import PeftModel
+
+    if isinstance(model.llm, PeftModel):
+        model.llm = model.llm.merge_and_unload()
+        model.llm.differs_from_hub = True
 
 
 def parameter_groups(model: MultimodalLM, rates: LearningRates, weight_decay: float) -> list[dict[str, Any]]:
@@ -102,6 +122,9 @@ def set_mode(model: MultimodalLM) -> None:
     """Training mode for what trains; a frozen part behaves as it will in use (no dropout)."""
     for part in (model.vision_encoder, model.connector, model.llm):
         part.train(any(parameter.requires_grad for parameter in part.parameters()))
+    for layer in model.llm.modules():
+        if getattr(layer, "gradient_checkpointing", False):
+            layer.training = True  # transformers recomputes in training mode only; what lies inside the layer stays
 
 
 def parts(model: MultimodalLM, rates: LearningRates) -> list[Part]:

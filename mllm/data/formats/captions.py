@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mllm.data.formats.source import Source, check, mapping
+from mllm.data.formats.source import Source, check, id_of, mapping, sequence, text_of
 from mllm.types import Mark, Message, Sample
+
+OWN_KEYS = {"id", "image", "caption", "captions"}
 
 
 @dataclass
@@ -24,16 +26,18 @@ class CaptionsSource(Source):
 
     def samples(self, record: Any, where: str, default_id: str) -> Iterator[Sample]:
         record = mapping(record)
-        captions = record["captions"] if "captions" in record else [record["caption"]]
+        several = record.get("captions") is not None
+        captions = sequence(record["captions"], "captions") if several else [record["caption"]]
         if not captions:
             raise ValueError("no caption: `captions` is empty")
         shown = Message("user", [Mark.IMAGE, self.prompt] if self.prompt else [Mark.IMAGE])
         for k, caption in enumerate(captions):
             yield check(
                 Sample(
-                    id=f"{record.get('id', default_id)}#{k}",
-                    messages=[shown, Message("assistant", [caption])],
+                    id=f"{id_of(record, default_id)}#{k}",
+                    messages=[shown, Message("assistant", [text_of(caption, "caption")])],
                     images=[self.image(record["image"])],
                     where=where,
+                    meta={key: value for key, value in record.items() if key not in OWN_KEYS},
                 )
             )

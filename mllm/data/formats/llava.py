@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mllm.data.formats.source import Source, check, mapping, split_at_images
-from mllm.types import Message, Sample
+from mllm.data.formats.source import Source, check, id_of, mapping, names_of, sequence, split_at_images, text_of
+from mllm.types import Mark, Message, Sample
 
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 OWN_KEYS = {"id", "image", "images", "conversations"}
@@ -24,26 +24,33 @@ class LlavaSource(Source):
     """LLaVA conversations and an image folder."""
 
     format: Literal["llava"] = "llava"
+    bare: bool = False
+    """Replace each user turn by its bare image, as LLaVA's first stage does: the answer is then a caption."""
 
     def samples(self, record: Any, where: str, default_id: str) -> Iterator[Sample]:
         record = mapping(record)
-        names = record.get("image") or record.get("images") or []
+        names = names_of(record.get("image") or record.get("images") or None)
         yield check(
             Sample(
-                id=str(record.get("id", default_id)),
-                messages=[message(turn) for turn in record["conversations"]],
-                images=[self.image(name) for name in ([names] if isinstance(names, str) else names)],
+                id=id_of(record, default_id),
+                messages=[
+                    message(mapping(turn), self.bare) for turn in sequence(record["conversations"], "conversations")
+                ],
+                images=[self.image(name) for name in names],
                 where=where,
                 meta={key: value for key, value in record.items() if key not in OWN_KEYS},
             )
         )
 
 
-def message(turn: dict[str, str]) -> Message:
-    """One turn of a LLaVA conversation."""
+def message(turn: dict[str, Any], bare: bool = False) -> Message:
+    """One turn of a LLaVA conversation; of a `bare` user turn only the images are kept."""
     if turn["from"] not in ROLES:
         raise ValueError(f"unknown speaker {turn['from']!r}: expected one of {', '.join(ROLES)}")
-    return Message(ROLES[turn["from"]], split_at_images(turn["value"]))
+    content = split_at_images(text_of(turn["value"], "value"))
+    if bare and ROLES[turn["from"]] == "user":
+        content = [part for part in content if part is Mark.IMAGE]
+    return Message(ROLES[turn["from"]], content)
 
 
 def read_llava(path: Path, image_dir: Path | None = None) -> list[Sample]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mllm.data.formats.source import Source, check, mapping, split_at_images
+from mllm.data.formats.source import Source, check, id_of, mapping, names_of, sequence, split_at_images, text_of
 from mllm.types import Mark, Message, Sample
 
 ROLES = ("system", "user", "assistant")
@@ -26,40 +26,44 @@ class MessagesSource(Source):
 
     def samples(self, record: Any, where: str, default_id: str) -> Iterator[Sample]:
         record = mapping(record)
-        names: list[str] = []
-        messages = [message(turn, names) for turn in record["messages"]]
+        names: list[Any] = []
+        messages = [message(mapping(turn), names) for turn in sequence(record["messages"], "messages")]
+        listed = iter(names_of(record.get("images")))
+        named = [name or next(listed, None) for name in names]
         yield check(
             Sample(
-                id=str(record.get("id", default_id)),
+                id=id_of(record, default_id),
                 messages=messages,
-                images=[self.image(name) for name in names + list(record.get("images", []))],
+                images=[self.image(name) for name in [*filter(None, named), *listed]],
                 where=where,
                 meta={key: value for key, value in record.items() if key not in OWN_KEYS},
             )
         )
 
 
-def message(turn: dict[str, Any], names: list[str]) -> Message:
-    """One turn; the images that its parts bring along are appended to `names` in order."""
+def message(turn: dict[str, Any], names: list[Any]) -> Message:
+    """One turn; for each image's place, the name that it brings along is appended to `names`, or None."""
     if turn["role"] not in ROLES:
         raise ValueError(f"unknown role {turn['role']!r}: expected one of {', '.join(ROLES)}")
-    if isinstance(turn["content"], str):
-        return Message(turn["role"], split_at_images(turn["content"]))
+    parts = turn["content"]
+    if isinstance(parts, str):
+        parts = [{"type": "text", "text": parts}]
     content: list[str | Mark] = []
-    for part in turn["content"]:
-        content += words_or_image(part, names)
+    for part in sequence(parts, "content"):
+        content += words_or_image(mapping(part), names)
     return Message(turn["role"], content)
 
 
-def words_or_image(part: dict[str, Any], names: list[str]) -> list[str | Mark]:
-    """One content part as words, or as an image's place (its name, if it carries one, goes to `names`)."""
+def words_or_image(part: dict[str, Any], names: list[Any]) -> list[str | Mark]:
+    """One content part as words, or as an image's place (its name, None if it carries none, goes to `names`)."""
     if part["type"] == "text":
-        return split_at_images(part["text"])
+        words = split_at_images(text_of(part["text"], "text"))
+        names += [None] * words.count(Mark.IMAGE)
+        return words
     if part["type"] not in ("image_url", "image"):
         raise ValueError(f"unknown content part {part['type']!r}: expected text, image_url or image")
     name = part.get("image_url") or part.get("image") or part.get("url")
     if isinstance(name, dict):
         name = name["url"]
-    if name:
-        names.append(name)
+    names.append(name)
     return [Mark.IMAGE]

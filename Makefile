@@ -1,0 +1,34 @@
+# Two commands: `make demo` and `make test`. Both set up their own environment first (.venv, exact versions).
+PYTHON ?= python3
+BIN := .venv/bin
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test lint format easy-vqa clean
+
+demo: .venv/ready  ## train a multimodal LLM from nothing and talk to it: minutes on two CPU cores, offline
+	$(BIN)/python recipes/tiny/demo.py
+
+test: export OMP_NUM_THREADS := 1
+test: .venv/ready lint  ## everything CI runs
+	$(BIN)/python -m pytest
+
+lint: .venv/ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv/ready
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv || (echo "python3 cannot make a venv: on Debian, apt-get install python3-venv" && false)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch .venv/ready
+
+clean:
+	rm -rf .venv runs

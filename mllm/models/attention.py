@@ -1,0 +1,39 @@
+"""Does an LLM keep packed samples apart? Asked of the LLM itself before a run, because families differ in silence.
+
+Enters: a causal LLM. Leaves: nothing, or a `ValueError`. Llama, Qwen, Mistral, Gemma, Phi, ... read from position_ids
+that a row holds several samples. OPT, Falcon, Bloom, MPT and LLMs with a state (Mamba, Falcon-H1, Qwen3-Next) do not:
+they run, and each sample sees the ones in front of it.
+
+S tokens of a row, D width of the LLM.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+LENGTH = 4
+"""Tokens of each of the two samples that are tried."""
+
+
+def check_isolation(llm: Any) -> None:
+    """Two short samples in one row: the second one's hidden states must not depend on the first one.
+
+    Raises:
+        ValueError: they do, so rows of several samples would be learned wrongly.
+    """
+    table = llm.get_input_embeddings().weight
+    drawn = torch.randn(1, 2 * LENGTH, table.shape[1], generator=torch.Generator().manual_seed(0))
+    row = drawn.to(table.device, table.dtype).requires_grad_()  # [1, S, D]
+    positions = torch.arange(LENGTH, device=table.device).repeat(2)[None]
+    with torch.enable_grad():
+        states = llm.get_decoder()(inputs_embeds=row, position_ids=positions, use_cache=False).last_hidden_state
+        # a plain sum would vanish behind a final LayerNorm: weigh each number differently
+        second = (states[:, LENGTH:] * torch.linspace(-1, 1, states.shape[-1], device=states.device)).sum()
+    (seen,) = torch.autograd.grad(second, row)
+    if seen[:, :LENGTH].any():
+        raise ValueError(
+            f"{type(llm).__name__} lets packed samples see each other (it does not read position_ids that restart): "
+            f"set data.packing to false, or take another LLM"
+        )

@@ -1,0 +1,20 @@
+"""Libraries speak when spoken to.
+
+Enters: nothing. Leaves: loading bars, advice and warnings of renamed methods off; errors stay. Called by the
+commands and the recipes, never by an import.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+
+def quiet_libraries() -> None:
+    """Switch off what libraries print about themselves."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

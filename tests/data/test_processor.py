@@ -1,0 +1,146 @@
+"""One door from sample to tokens and pixels: V slots an image, labels on words alone, nothing cut through an image."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_processor, make_sample, picture
+from PIL import Image
+
+from mllm.data.processor import LARGEST_SIDE, Processor
+from mllm.types import IGNORE_INDEX, Mark, Message, Sample
+
+
+@pytest.mark.parametrize("slots", [1, 4, 9])
+@pytest.mark.parametrize("images", [0, 1, 3])
+def test_each_placeholder_becomes_v_slots(slots: int, images: int) -> None:
+    processor = make_processor(slots)
+    example = processor(make_sample(1, num_images=images))
+    assert example.input_ids.count(processor.image_token_id) == slots * images
+    assert example.pixel_values.shape == (images, *processor.pixel_shape)
+    assert len(example.labels) == len(example.input_ids)
+
+
+def test_slots_stand_where_the_marks_stand(processor: Processor) -> None:
+    messages = [Message("user", ["a", Mark.IMAGE, "b", Mark.IMAGE]), Message("assistant", ["c"])]
+    example = processor(Sample("s", messages, [picture(1), picture(2)]))
+    text = processor.tokenizer.decode(example.input_ids)
+    assert text == f"<|user|>a{'<image>' * 4}b{'<image>' * 4}<|end|><|assistant|>c<|end|>"
+    assert torch.equal(example.pixel_values[1:], processor.pixels([picture(2)]))
+
+
+def test_expansion_leaves_the_labels_words_as_they_are(processor: Processor) -> None:
+    example = processor(make_sample(1, num_images=2, turns=2))
+    said = [label for label in example.labels if label != IGNORE_INDEX]
+    assert processor.tokenizer.decode(said) == "answer 7 <|end|>answer 8 <|end|>"
+
+
+def test_labels_are_never_on_placeholders(processor: Processor) -> None:
+    messages = [Message("user", ["draw"]), Message("assistant", ["here ", Mark.IMAGE, " it is"])]
+    example = processor(Sample("s", messages, [picture(1)]))
+    spoken = [label for label in example.labels if label != IGNORE_INDEX]
+    assert processor.image_token_id not in spoken
+    assert processor.tokenizer.decode(spoken) == "here  it is<|end|>"
+
+
+@pytest.mark.parametrize(
+    ("text", "marks", "images"),
+    [("", 1, 0), ("", 1, 2), ("", 0, 1), ("<image>", 0, 0), ("<image>", 1, 1)],
+)
+def test_placeholders_and_images_must_be_equal(processor: Processor, text: str, marks: int, images: int) -> None:
+    messages = [Message("user", [*[Mark.IMAGE] * marks, f"what? {text}"]), Message("assistant", ["red"])]
+    sample = Sample("s", messages, [picture(i) for i in range(images)], where="data.json, row 7")
+    for door in (processor, processor.prompt, processor.encode):
+        with pytest.raises(ValueError, match=rf"^data\.json, row 7: .*{images} images must be equal"):
+            door(sample)
+
+
+def test_an_unreadable_image_is_named(processor: Processor) -> None:
+    sample = make_sample(1)
+    sample.images = [Path("nowhere.png")]
+    with pytest.raises(ValueError, match=r"cannot read image nowhere\.png: no such file"):
+        processor(sample)
+
+
+@pytest.mark.parametrize("length", range(20, 60))
+def test_a_cut_keeps_the_first_tokens_or_tells_why_not(processor: Processor, length: int) -> None:
+    sample = make_sample(1, num_images=2, turns=2, extra="and more")
+    whole = processor(sample)
+    try:
+        example = processor(sample, max_length=length)
+    except ValueError as error:
+        assert str(error).startswith("made.json, row 1: ")  # noqa: PT017
+        assert "raise data.seq_length" in str(error)  # noqa: PT017
+        return
+    kept = min(length, len(whole.input_ids))
+    assert (example.input_ids, example.labels) == (whole.input_ids[:kept], whole.labels[:kept])
+    assert example.input_ids.count(processor.image_token_id) == 8
+    assert any(label != IGNORE_INDEX for label in example.labels[1:])
+
+
+@pytest.mark.parametrize(("length", "told"), [(3, "would cut an image"), (12, "leave nothing to learn")])
+def test_a_cut_through_an_image_or_before_the_answer_is_refused(length: int, told: str) -> None:
+    with pytest.raises(ValueError, match=rf"^made\.json, row 1: .* {told}"):
+        make_processor()(make_sample(1), max_length=length)
+
+
+def test_a_cut_at_the_very_end_of_an_image_is_no_cut_through_it() -> None:
+    messages = [Message("assistant", ["red"]), Message("user", [Mark.IMAGE, "x"])]
+    processor = make_processor()
+    sample = Sample("s", messages, [picture(1)])
+    last = max(i for i, token in enumerate(processor(sample).input_ids) if token == processor.image_token_id)
+    assert len(processor(sample, max_length=last + 1).input_ids) == last + 1
+    with pytest.raises(ValueError, match="would cut an image"):
+        processor(sample, max_length=last)
+
+
+def test_a_prompt_has_no_labels_and_begins_the_training_ids(processor: Processor) -> None:
+    sample = make_sample(3, num_images=2)
+    question = Sample("q", sample.messages[:-1], sample.images)
+    prompt, example = processor.prompt(question), processor(sample)
+    assert set(prompt.labels) == {IGNORE_INDEX}
+    assert example.input_ids[: len(prompt.input_ids)] == prompt.input_ids
+    assert example.labels[len(prompt.input_ids)] != IGNORE_INDEX
+    assert torch.equal(prompt.pixel_values, example.pixel_values)
+
+
+@pytest.mark.parametrize("fit", ["native", "pad"])
+@pytest.mark.parametrize("template", ["conftest", None])
+def test_saved_and_loaded_processors_are_the_same(tmp_path: Path, fit: str, template: str | None) -> None:
+    processor = make_processor(7) if template else make_processor(7, None)
+    processor.image_fit = fit
+    processor.save(tmp_path)
+    loaded = Processor.load(tmp_path)
+    sample = make_sample(5, num_images=2, turns=2)
+    sample.images[0] = picture(8, (50, 20))
+    before, after = processor(sample), loaded(sample)
+    assert (before.input_ids, before.labels) == (after.input_ids, after.labels)
+    assert torch.equal(before.pixel_values, after.pixel_values)
+    assert (loaded.image_token_id, loaded.image_fit) == (processor.image_token_id, fit)
+
+
+@pytest.mark.parametrize("size", [(60, 20), (20, 60), (21, 20), (30, 30)])
+def test_pad_shows_the_whole_image_on_the_mean_colour(size: tuple[int, int]) -> None:
+    processor = make_processor()
+    processor.image_fit = "pad"
+    image = picture(1, size)
+    fitted = processor.fit(image)
+    left, top = (fitted.width - size[0]) // 2, (fitted.height - size[1]) // 2
+    assert fitted.size == (max(size),) * 2
+    assert fitted.crop((left, top, left + size[0], top + size[1])).tobytes() == image.tobytes()
+    if fitted.size != size:
+        assert fitted.getpixel((fitted.width - 1, fitted.height - 1)) == (123, 117, 104)
+
+
+def test_pad_does_not_blow_a_long_image_up_to_its_square() -> None:
+    processor = make_processor()
+    processor.image_fit = "pad"
+    assert processor.fit(Image.new("RGB", (30_000, 200))).size == (LARGEST_SIDE, LARGEST_SIDE)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 100), (3, 100), (100, 3), (3, 3)])
+def test_tiny_images_keep_their_channels(processor: Processor, size: tuple[int, int]) -> None:
+    thin, square = (processor.pixels([Image.new("RGB", each, (255, 0, 0))]) for each in (size, (28, 28)))
+    torch.testing.assert_close(thin, square)

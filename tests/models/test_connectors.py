@@ -1,0 +1,165 @@
+"""The contract of a connector, asked of every member of the union: a new one is tested without a change here.
+
+N images, P patches, V visual tokens, Dv and D widths of encoder and LLM.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+import yaml
+from conftest import make_model, make_processor, make_sample
+from pydantic import TypeAdapter
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from mllm.config import Loader
+from mllm.data.collate import collate
+from mllm.data.packing import join
+from mllm.models.connectors import ConnectorConfig, MLPConnector, QFormerConnector
+from mllm.train.checkpoint import load_whole, save_whole
+from mllm.train.losses import NextToken, model_inputs
+
+SMALL = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "num_queries": 4}
+"""For the members whose defaults are of real size; a field that a member does not have is left out."""
+KINDS = get_args(get_args(ConnectorConfig)[0])
+WIDTHS = [(24, 32), (13, 7), (5, 50)]
+
+
+def small(kind: type, **changes: Any) -> Any:
+    fields = kind.__dataclass_fields__
+    return kind(**{name: value for name, value in {**SMALL, **changes}.items() if name in fields})
+
+
+def built(kind: type, encoder_width: int = 24, llm_width: int = 32, patches: int = 4) -> nn.Module:
+    torch.manual_seed(0)
+    return small(kind).build(encoder_width, llm_width, patches)
+
+
+def features(patches: int = 4, width: int = 24, images: int = 3) -> Tensor:
+    return torch.randn(images, patches, width, generator=torch.Generator().manual_seed(1))
+
+
+each = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__dataclass_fields__["type"].default)
+
+
+@each
+@pytest.mark.parametrize("patches", [4, 16, 64])
+@pytest.mark.parametrize(("encoder_width", "llm_width"), WIDTHS)
+def test_output_is_n_v_d_with_the_promised_v(kind: type, patches: int, encoder_width: int, llm_width: int) -> None:
+    connector = built(kind, encoder_width, llm_width, patches)
+    out = connector(features(patches, encoder_width))
+    assert out.shape == (3, small(kind).num_tokens(patches), llm_width)
+    assert torch.isfinite(out).all()
+
+
+@each
+def test_gradient_reaches_every_parameter(kind: type) -> None:
+    connector = built(kind)
+    out = connector(features())
+    (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(2))).sum().backward()
+    lost = [name for name, p in connector.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
+    assert lost == []
+    # a key's bias shifts all scores of a query alike, and softmax does not see that: its gradient is zero by nature
+    still = [name for name, p in connector.named_parameters() if not p.grad.any()]
+    assert [name for name in still if not name.endswith("key.bias")] == []
+
+
+@each
+def test_images_do_not_see_each_other(kind: type) -> None:
+    connector, together = built(kind).eval(), features()
+    alone = torch.cat([connector(image[None]) for image in together])
+    torch.testing.assert_close(connector(together), alone, rtol=1e-5, atol=1e-6)
+
+
+@each
+def test_every_image_makes_its_own_tokens(kind: type) -> None:
+    out = built(kind)(features())
+    assert not torch.allclose(out[0], out[1])
+
+
+@each
+def test_save_then_load_gives_equal_outputs(kind: type, tmp_path: Path) -> None:
+    first = built(kind).eval()
+    save_whole(first, tmp_path / "connector.safetensors")
+    torch.manual_seed(99)
+    second = small(kind).build(24, 32, 4).eval()
+    assert not torch.equal(first(features()), second(features()))
+    load_whole(second, tmp_path / "connector.safetensors")
+    assert torch.equal(first(features()), second(features()))
+    assert load_file(str(tmp_path / "connector.safetensors")).keys() == dict(first.named_parameters()).keys()
+
+
+@each
+def test_config_goes_through_yaml_and_comes_back_equal(kind: type) -> None:
+    adapter, config = TypeAdapter(ConnectorConfig), small(kind)
+    text = yaml.safe_dump(adapter.dump_python(config, mode="json"))
+    assert adapter.validate_python(yaml.load(text, Loader=Loader)) == config
+
+
+@each
+def test_type_alone_chooses_the_class(kind: type) -> None:
+    name = kind.__dataclass_fields__["type"].default
+    assert type(TypeAdapter(ConnectorConfig).validate_python({"type": name})) is kind
+
+
+@each
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_forward_in_another_precision_is_finite(kind: type, dtype: torch.dtype) -> None:
+    out = built(kind).to(dtype)(features().to(dtype))
+    assert out.dtype == dtype
+    assert torch.isfinite(out).all()
+
+
+@each
+def test_packed_loss_equals_separate_losses(kind: type) -> None:
+    config = small(kind)
+    model = make_model(connector=config).eval()
+    processor = make_processor(config.num_tokens(4))
+    examples = [processor(make_sample(i, num_images=n)) for i, n in enumerate((1, 0, 2))]
+    shape, objective = (3, 28, 28), NextToken(model)
+
+    def loss(group: list) -> Tensor:
+        return objective(**model_inputs(collate([join(group, shape)], shape), torch.device("cpu")))
+
+    with torch.no_grad():
+        torch.testing.assert_close(loss(examples), sum(loss([e]) for e in examples), rtol=1e-6, atol=1e-5)
+
+
+def test_connector_types_are_all_different() -> None:
+    names = [kind.__dataclass_fields__["type"].default for kind in KINDS]
+    assert len(set(names)) == len(names)
+
+
+def test_qformer_is_blip2s_by_default() -> None:
+    config = QFormerConnector()
+    assert (config.num_queries, config.hidden_size, config.num_layers, config.num_heads) == (32, 768, 12, 12)
+    assert config.num_tokens(256) == config.num_tokens(576) == 32
+
+
+def test_qformer_of_default_size_turns_any_patches_into_32_tokens() -> None:
+    connector = QFormerConnector(num_layers=2).build(24, 32, 16)
+    with torch.no_grad():
+        assert connector(features(16, images=1)).shape == (1, 32, 32)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_qformer_looks_at_the_image_in_every_kth_block_from_the_first(every: int) -> None:
+    connector = small(QFormerConnector, num_layers=6, cross_attention_every=every)
+    connector.cross_attention_every = every
+    looking = [hasattr(layer, "crossattention") for layer in connector.build(24, 32, 4).blocks.encoder.layer]
+    assert looking == [number % every == 0 for number in range(6)]
+
+
+@pytest.mark.parametrize("depth", [2, 3, 4])
+def test_mlp_has_as_many_linear_layers_as_its_depth(depth: int) -> None:
+    linear = [m for m in MLPConnector(depth=depth).build(24, 32, 4) if isinstance(m, nn.Linear)]
+    assert [(m.in_features, m.out_features) for m in linear] == [(24, 32)] + [(32, 32)] * (depth - 1)
+
+
+def test_mlp_of_depth_one_is_refused_with_the_alternative() -> None:
+    with pytest.raises(ValueError, match="linear"):
+        MLPConnector(depth=1).build(24, 32, 4)

@@ -1,0 +1,294 @@
+"""`mllm` as a person meets it: quick to answer, one line for a mistake, the same answers as the library."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import make_processor, picture, write_llava
+
+from mllm import cli
+from mllm.config import RunConfig, dump_config
+from mllm.generate import Assistant
+from mllm.models.build import ModelConfig, build_model
+from mllm.train.checkpoint import save_stage
+from mllm.train.loop import TrainConfig
+from mllm.types import Mark, Sample
+
+HEAVY = ("torch", "transformers", "peft", "accelerate", "numpy", "PIL", "matplotlib")
+SECONDS = 1.0
+
+
+@pytest.fixture(scope="module")
+def stage(hub: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished stage of the tiny parts."""
+    folder, processor = tmp_path_factory.mktemp("stage"), make_processor()
+    config = RunConfig(TrainConfig(output_dir=folder), model=ModelConfig(str(hub / "encoder"), str(hub / "llm")))
+    save_stage(folder, build_model(config.parts(), processor.image_token_id), processor, dump_config(config))
+    return folder
+
+
+@pytest.fixture
+def mllm(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> Callable[..., tuple[Any, str]]:
+    """Run a command in this process, from an empty folder: exit code (or message) and what was printed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLLM_MODEL", raising=False)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+
+    def run(*arguments: object) -> tuple[Any, str]:
+        monkeypatch.setattr(sys, "argv", ["mllm", *map(str, arguments)])
+        try:
+            cli.main()
+            code: Any = 0
+        except SystemExit as ended:
+            code = ended.code
+        return code, capsys.readouterr().out
+
+    return run
+
+
+def show(folder: Path, seed: int = 1) -> Path:
+    picture(seed).save(folder / f"{seed}.png")
+    return folder / f"{seed}.png"
+
+
+# ---------------------------------------------------------------- quick
+
+
+def cpu_seconds(*command: str) -> float:
+    """Processor time of one run: wall time would measure who else is on the machine."""
+    before = os.times()
+    subprocess.run([sys.executable, *command], check=True, capture_output=True)
+    after = os.times()
+    return after.children_user + after.children_system - before.children_user - before.children_system
+
+
+@pytest.mark.parametrize("command", [("-c", "import mllm"), ("-m", "mllm.cli", "--help")], ids=["import", "help"])
+def test_import_and_help_take_less_than_a_second(command: tuple[str, ...]) -> None:
+    assert min(cpu_seconds(*command) for _ in range(3)) < SECONDS
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["chat", "--help"], ["eval", "--help"]], ids=" ".join)
+def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
+    program = (
+        f"import sys; sys.argv = ['mllm', *{arguments}]\nimport mllm.cli\n"
+        "try: mllm.cli.main()\nexcept SystemExit: pass\n"
+        f"print('loaded:', [name for name in {HEAVY} if name in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert out.splitlines()[-1] == "loaded: []"
+
+
+def test_help_names_every_command_and_every_flag_has_its_words(mllm) -> None:
+    code, text = mllm("--help")
+    assert code == 0
+    assert "chat" in text
+    assert "eval" in text
+    for command, flags in {"chat": ["--image", "--prompt", "--json"], "eval": ["--data", "--shuffle-images"]}.items():
+        code, text = mllm(command, "--help")
+        assert code == 0
+        assert all(flag in text for flag in flags)
+    assert "LLaVA-JSON file; each assistant turn" in " ".join(text.replace("│", " ").split())
+    assert "Args:" not in text
+
+
+# ---------------------------------------------------------------- which model
+
+
+def test_without_any_model_one_line_says_how_to_get_one(mllm) -> None:
+    code, _ = mllm("chat", "--prompt", "hi")
+    assert code.startswith("error: no model")
+    assert len(code.splitlines()) == 1
+    for way in ("make demo", "--model", "MLLM_MODEL"):
+        assert way in code
+
+
+@pytest.mark.parametrize("name", ["nowhere", "/nowhere/at/all", "no/such-model"])
+@pytest.mark.parametrize("command", [["chat", "--prompt", "hi", "--model"], ["eval", "--data", "x.json"]])
+def test_model_that_is_not_there_is_one_line_that_names_it(mllm, tmp_path: Path, command: list[str], name: str) -> None:
+    write_llava(tmp_path).rename(tmp_path / "x.json")
+    code, _ = mllm(*command, name)
+    assert code.startswith("error: no such model")
+    assert name in code
+    assert len(code.splitlines()) == 1
+
+
+def test_folder_that_is_no_stage_is_named(mllm, tmp_path: Path) -> None:
+    code, _ = mllm("chat", "--prompt", "hi", "--model", tmp_path)
+    assert f"{tmp_path} is no stage folder" in code
+
+
+def test_flag_wins_over_environment_and_environment_over_newest_run(monkeypatch: Any, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "a" / "instruct").mkdir(parents=True)
+    (tmp_path / "runs" / "a" / "instruct" / "connector.safetensors").touch()
+    monkeypatch.delenv("MLLM_MODEL", raising=False)
+    assert cli.choose_model("") == str(Path("runs/a/instruct"))
+    monkeypatch.setenv("MLLM_MODEL", "from/environment")
+    assert cli.choose_model("") == "from/environment"
+    assert cli.choose_model("flag") == "flag"
+
+
+# ---------------------------------------------------------------- one question
+
+
+def test_one_question_as_json_is_the_answer_of_the_library(mllm, stage: Path, tmp_path: Path) -> None:
+    image = show(tmp_path)
+    flags = ["--model", stage, "--image", image, "--prompt", "what is it?", "--max-new-tokens", "6", "--json"]
+    code, text = mllm("chat", *flags)
+    told = json.loads(text)
+    assert code == 0
+    assert (told["prompt"], told["image"], told["model"]) == ("what is it?", [str(image)], str(stage))
+    asked = cli.question([], "what is it?", [str(image)])
+    assert told["answer"] == Assistant.load(stage).answer([asked], 6)[0]
+
+
+def test_one_question_in_words_prints_the_answer_alone(mllm, stage: Path) -> None:
+    code, text = mllm("chat", "--model", stage, "--prompt", "hi", "--max-new-tokens", "6")
+    assert code == 0
+    assert text.strip() == Assistant.load(stage).answer([cli.question([], "hi", [])], 6)[0]
+
+
+@pytest.mark.parametrize("times", [2, 3])
+def test_image_may_be_given_more_than_once(mllm, stage: Path, tmp_path: Path, times: int) -> None:
+    images = [argument for i in range(times) for argument in ("--image", show(tmp_path, i))]
+    code, text = mllm("chat", "--model", stage, *images, "--prompt", "hi", "--json", "--max-new-tokens", "2")
+    assert code == 0
+    assert len(json.loads(text)["image"]) == times
+
+
+@pytest.mark.parametrize("broken", ["missing.png", "broken.png", "empty.png"])
+def test_image_that_cannot_be_read_is_one_line_that_names_it(mllm, stage: Path, tmp_path: Path, broken: str) -> None:
+    (tmp_path / "broken.png").write_bytes(show(tmp_path).read_bytes()[:60])
+    (tmp_path / "empty.png").touch()
+    code, _ = mllm("chat", "--model", stage, "--image", tmp_path / broken, "--prompt", "hi")
+    assert code.startswith("error: ")
+    assert broken in code
+    assert len(code.splitlines()) == 1
+
+
+def test_piped_text_is_one_question(stage: Path) -> None:
+    """In a process of its own: standard input is a pipe there."""
+    command = [sys.executable, "-m", "mllm.cli", "chat", "--model", str(stage), "--json", "--max-new-tokens", "2"]
+    done = subprocess.run(command, input="what is it?\n", capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["prompt"] == "what is it?"
+    assert done.stderr == ""
+
+
+def test_mistake_in_a_process_of_its_own_is_one_line_without_a_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mllm.cli", "chat", "--prompt", "hi"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, stdin=subprocess.DEVNULL)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: no model")
+
+
+# ---------------------------------------------------------------- a conversation
+
+
+class Echo:
+    """An assistant that says how many turns and images it was given."""
+
+    def __init__(self) -> None:
+        self.heard: list[Sample] = []
+
+    def stream(self, sample: Sample, max_new_tokens: int) -> Iterator[str]:
+        if any("missing" in str(image) for image in sample.images):
+            raise ValueError("cannot read image missing.png")
+        self.heard.append(copy.deepcopy(sample))  # the conversation goes on in the same lists
+        yield from ("heard ", str(len(sample.messages)))
+
+
+def talk(monkeypatch: Any, *lines: str | type[BaseException], images: list[str] | None = None) -> Echo:
+    """Say these lines, then end the input."""
+    said, echo = iter(lines), Echo()
+
+    def answer(_: str = "") -> str:
+        line = next(said, EOFError)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    monkeypatch.setattr("builtins.input", answer)
+    cli.converse(echo, images or [], 8)  # type: ignore[arg-type]
+    return echo
+
+
+def test_conversation_keeps_its_turns_and_its_images(monkeypatch: Any, capsys: Any) -> None:
+    heard = talk(monkeypatch, "/image a.png", "what?", "", "and then?", "/image b.png", "now?").heard
+    assert [len(sample.messages) for sample in heard] == [1, 3, 5]
+    assert [sample.images for sample in heard] == [["a.png"], ["a.png"], ["a.png", "b.png"]]
+    assert [m.role for m in heard[2].messages] == ["user", "assistant", "user", "assistant", "user"]
+    assert heard[2].messages[1].text == "heard 1"
+    assert [m.num_images for m in heard[2].messages] == [1, 0, 0, 0, 1]
+    assert "heard 5" in capsys.readouterr().out
+
+
+def test_images_stand_in_front_of_the_question_in_order(monkeypatch: Any) -> None:
+    (heard,) = talk(monkeypatch, "/image a.png", "/image b.png", "what?").heard
+    assert heard.messages[0].content == [Mark.IMAGE, Mark.IMAGE, "\n", "what?"]
+    assert heard.images == ["a.png", "b.png"]
+
+
+def test_clear_forgets_turns_and_images(monkeypatch: Any) -> None:
+    heard = talk(monkeypatch, "/image a.png", "what?", "/clear", "and now?").heard
+    assert len(heard[1].messages) == 1
+    assert heard[1].images == []
+
+
+def test_clear_goes_back_to_the_images_of_the_command_line(monkeypatch: Any) -> None:
+    heard = talk(monkeypatch, "one", "/clear", "two", images=["a.png"]).heard
+    assert [sample.images for sample in heard] == [["a.png"], ["a.png"]]
+
+
+@pytest.mark.parametrize("end", ["/exit", EOFError, KeyboardInterrupt])
+def test_exit_end_of_input_and_ctrl_c_end_the_conversation(monkeypatch: Any, end: Any) -> None:
+    assert len(talk(monkeypatch, "one", end, "never heard").heard) == 1
+
+
+def test_bad_image_is_told_and_the_conversation_goes_on_without_it(monkeypatch: Any, capsys: Any) -> None:
+    heard = talk(monkeypatch, "one", "/image missing.png", "two", "three").heard
+    assert [len(sample.messages) for sample in heard] == [1, 3]
+    assert heard[1].images == []
+    assert "error: cannot read image missing.png" in capsys.readouterr().out
+
+
+def test_conversation_with_a_real_model(mllm, stage: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    said = iter([f"/image {show(tmp_path)}", "what is it?", "and now?", "/image nowhere.png", "so?", "/exit"])
+    monkeypatch.setattr("builtins.input", lambda _="": next(said))
+    code, text = mllm("chat", "--model", stage, "--max-new-tokens", "3")
+    assert code == 0
+    assert "error: cannot read image nowhere.png" in text
+
+
+# ---------------------------------------------------------------- eval
+
+
+@pytest.mark.parametrize("control", [None, "--shuffle-images", "--blank-images", "--history"])
+def test_eval_writes_accuracy_and_every_answer(mllm, stage: Path, tmp_path: Path, control: str | None) -> None:
+    data = write_llava(tmp_path / "data", records=3)
+    flags = [flag for flag in (control,) if flag]
+    code, _ = mllm("eval", stage, "--data", data, "--json", "out.json", "--max-new-tokens", "3", *flags)
+    told = json.loads((tmp_path / "out.json").read_text())
+    assert code == 0
+    assert told["number"] == len(told["answers"]) == 6
+    assert told["accuracy"] == told["correct"] / 6
+
+
+def test_two_controls_at_once_are_refused(mllm, stage: Path, tmp_path: Path) -> None:
+    code, _ = mllm("eval", stage, "--data", write_llava(tmp_path), "--shuffle-images", "--blank-images")
+    assert "one at a time" in code
+
+
+def test_eval_without_its_file_names_it(mllm, stage: Path) -> None:
+    code, _ = mllm("eval", stage, "--data", "nowhere.json")
+    assert code.startswith("error: ")
+    assert "nowhere.json" in code

@@ -1,0 +1,323 @@
+"""The real scripts through `accelerate launch`: two stages, their folders, and a user's mistakes in words."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState, GradientState
+from conftest import make_clip, make_llm, make_processor, make_tokenizer, write_llava
+
+from mllm.config import RunConfig, dump_config, load_config
+from mllm.generate import Assistant
+from mllm.models.build import ModelConfig, build_model
+from mllm.train.checkpoint import save_stage
+from mllm.train.loop import TrainConfig
+from mllm.types import Message, Sample
+
+ROOT = Path(__file__).parent.parent
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu"]
+LLAVA15 = sorted((ROOT / "recipes" / "llava15").glob("*.yaml"))
+
+pytestmark = pytest.mark.recipe
+
+
+def write_config(folder: Path, hub: Path, data: Path, stage: str, **train: Any) -> Path:
+    """The YAML of one small stage, beside its output."""
+    config: dict[str, Any] = {
+        "data": {"sources": [{"format": "llava", "path": str(data)}], "seq_length": 96, "num_workers": 0},
+        "train": {
+            "output_dir": str(folder / stage),
+            "learning_rate": {"connector": 1e-2},
+            "steps": 3,
+            "rows_per_step": 2,
+            **train,
+        },
+    }
+    if stage == "align":
+        config["model"] = {"vision_encoder": str(hub / "encoder"), "llm": str(hub / "llm")}
+    else:
+        config["init_from"] = str(folder / "align")
+    (folder / f"{stage}.yaml").write_text(yaml.safe_dump(config))
+    return folder / f"{stage}.yaml"
+
+
+def launch(script: str, *arguments: object, processes: int = 1) -> subprocess.CompletedProcess[str]:
+    command = [*LAUNCH, f"recipes/{script}.py", *map(str, arguments)]
+    command[command.index("--num_processes") + 1] = str(processes)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+
+
+def in_process(script: str, *arguments: object) -> int:
+    """The same script in this process: what it exits with."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    before = sys.argv
+    sys.argv = [script, *map(str, arguments)]
+    try:
+        runpy.run_path(str(ROOT / "recipes" / f"{script}.py"), run_name="__main__")
+        return 0
+    except SystemExit as ended:
+        if isinstance(ended.code, int):
+            return ended.code
+        print(ended.code, file=sys.stderr)  # as the interpreter would
+        return 1
+    finally:
+        sys.argv = before
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+
+@pytest.fixture(scope="module")
+def trained(hub: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`align/` and `instruct/` (LoRA), made by the real commands."""
+    folder = tmp_path_factory.mktemp("trained")
+    data = write_llava(folder)
+    align = launch("pretrain", "--config", write_config(folder, hub, data, "align", save_every=2))
+    assert align.returncode == 0, align.stderr[-3000:]
+    more = {"learning_rate": {"connector": 1e-3, "llm": 1e-2}, "lora": {"rank": 4, "alpha": 8}}
+    instruct = launch("finetune", "--config", write_config(folder, hub, data, "instruct", **more), "--train.steps", 4)
+    assert instruct.returncode == 0, instruct.stderr[-3000:]
+    (folder / "said.txt").write_text(align.stdout)
+    return folder
+
+
+def lines(stage: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_stages_leave_whole_folders_and_finite_losses(trained: Path) -> None:
+    for stage, steps, more in (("align", 3, {"checkpoints"}), ("instruct", 4, {"adapter"})):
+        names = {path.name for path in (trained / stage).iterdir()}
+        assert names == {"config.yaml", "connector.safetensors", "processor", "metrics.jsonl", "loss.png", *more}
+        assert [line["step"] for line in lines(trained / stage)] == list(range(1, steps + 1))
+        assert all(torch.isfinite(torch.tensor(line["loss"])) for line in lines(trained / stage))
+
+
+def test_stage_config_is_the_merged_one_and_loads_again(trained: Path) -> None:
+    config = load_config(trained / "instruct" / "config.yaml")
+    assert config.train.steps == 4  # the flag, over the YAML's 3
+    assert config.model is not None
+
+
+def test_screen_shows_what_trains_and_a_sample(trained: Path) -> None:
+    text = (trained / "said.txt").read_text()
+    for words in ("what trains", "supervised in green", "learning rate", "finished"):
+        assert words in text
+
+
+def test_trained_stage_answers(trained: Path) -> None:
+    assistant = Assistant.load(trained / "instruct")
+    sample = Sample("x", [Message("user", ["what is it?"])])
+    assert isinstance(assistant.answer([sample], 4)[0], str)
+    assert "lora_" in str(list(dict(assistant.model.llm.named_parameters())))
+
+
+def test_processor_of_a_stage_is_the_one_of_the_parts(trained: Path) -> None:
+    saved, made = Assistant.load(trained / "align").processor, make_processor()
+    assert saved.image_token_id == made.image_token_id
+    assert saved.num_visual_tokens == made.num_visual_tokens
+
+
+def test_two_processes_write_the_same_losses_as_one(trained: Path, hub: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, hub, trained / "data.json", "align", save_every=2)
+    done = launch("pretrain", "--config", config, processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = [[line["loss"] for line in lines(folder / "align")] for folder in (trained, tmp_path)]
+    assert told[0] == pytest.approx(told[1], rel=1e-5)
+    assert done.stdout.count("what trains") == 1  # only rank 0 speaks
+
+
+# ---------------------------------------------------------------- the output folder
+
+
+@pytest.fixture
+def used(hub: Path, tmp_path: Path) -> Path:
+    """The YAML of a stage whose output folder holds a run, and a file of the user's."""
+    config = write_config(tmp_path, hub, write_llava(tmp_path), "align", save_every=2, steps=4)
+    assert in_process("pretrain", "--config", config) == 0
+    (tmp_path / "align" / "notes.txt").write_text("mine")
+    return config
+
+
+def test_used_output_folder_is_refused_with_one_line_and_left_alone(used: Path, capsys: Any) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (used.parent / "align").rglob("*")}
+    capsys.readouterr()
+    assert in_process("pretrain", "--config", used) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert "--resume" in said
+    assert "--overwrite" in said
+    assert {path: path.stat().st_mtime_ns for path in (used.parent / "align").rglob("*")} == before
+
+
+def test_overwrite_starts_again_and_spares_foreign_files(used: Path) -> None:
+    before = lines(used.parent / "align")
+    assert in_process("pretrain", "--config", used, "--overwrite") == 0
+    assert (used.parent / "align" / "notes.txt").read_text() == "mine"
+    assert [line["loss"] for line in lines(used.parent / "align")] == [line["loss"] for line in before]
+
+
+def test_resume_goes_on_to_the_same_losses(used: Path) -> None:
+    before = lines(used.parent / "align")
+    shutil.rmtree(used.parent / "align" / "checkpoints" / "step-4")
+    (used.parent / "align" / "connector.safetensors").unlink()
+    assert in_process("pretrain", "--config", used, "--resume") == 0
+    assert [line["loss"] for line in lines(used.parent / "align")] == [line["loss"] for line in before]
+    Assistant.load(used.parent / "align")
+
+
+def test_resume_and_overwrite_together_are_refused(used: Path, capsys: Any) -> None:
+    assert in_process("pretrain", "--config", used, "--resume", "--overwrite") == 2
+    assert "give one of them" in capsys.readouterr().err
+
+
+def test_resume_without_a_checkpoint_says_so(hub: Path, tmp_path: Path, capsys: Any) -> None:
+    config = write_config(tmp_path, hub, write_llava(tmp_path), "align")
+    assert in_process("pretrain", "--config", config, "--resume") == 2
+    assert "nothing to resume" in capsys.readouterr().err
+
+
+def test_output_folder_that_is_a_file_is_refused(hub: Path, tmp_path: Path, capsys: Any) -> None:
+    config = write_config(tmp_path, hub, write_llava(tmp_path), "align")
+    (tmp_path / "align").write_text("a file")
+    assert in_process("pretrain", "--config", config) == 2
+    assert "is a file" in capsys.readouterr().err
+
+
+def test_stage_may_not_overwrite_the_one_it_starts_from(used: Path, capsys: Any) -> None:
+    folder = used.parent / "align"
+    flags = ["--init_from", folder, "--train.output_dir", folder, "--overwrite"]
+    assert in_process("finetune", "--config", used, *flags) == 2
+    assert "init_from" in capsys.readouterr().err
+    Assistant.load(folder)
+
+
+def test_dry_run_writes_nothing(hub: Path, tmp_path: Path, capsys: Any) -> None:
+    config = write_config(tmp_path, hub, write_llava(tmp_path), "align")
+    before = sorted(tmp_path.rglob("*"))
+    assert in_process("pretrain", "--config", config, "--dry_run") == 0
+    assert "what trains" in capsys.readouterr().out
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+# ---------------------------------------------------------------- a user's mistakes
+
+
+def broken(data: Path, kind: str) -> Path:
+    image = data.parent / "images" / "3.png"
+    if kind == "missing":
+        image.unlink()
+    elif kind == "no image at all":
+        image.write_text("words")
+    else:
+        image.write_bytes(image.read_bytes()[:300])
+    return data
+
+
+@pytest.mark.parametrize("kind", ["missing", "no image at all", "truncated"])
+def test_unreadable_image_is_told_with_its_file_and_row(hub: Path, tmp_path: Path, capsys: Any, kind: str) -> None:
+    config = write_config(tmp_path, hub, broken(write_llava(tmp_path), kind), "align", steps=4, rows_per_step=4)
+    assert in_process("pretrain", "--config", config) == 2
+    said = capsys.readouterr().err
+    assert "data.json, row 3" in said
+    assert "3.png" in said
+    assert "max_bad_share" in said
+
+
+def test_allowed_share_of_bad_records_trains_and_names_them(hub: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, hub, broken(write_llava(tmp_path), "missing"), "align")
+    assert in_process("pretrain", "--config", config, "--data.max_bad_share", "0.2") == 0
+    (line,) = (tmp_path / "align" / "quarantine.jsonl").read_text().splitlines()
+    assert "row 3" in json.loads(line)["fault"]
+
+
+MISTAKES = {
+    "no data file": (["--data.sources.0.path", "nowhere.json"], "nowhere.json"),
+    "no encoder": (["--model.vision_encoder", "no/encoder"], "no/encoder"),
+    "no llm": (["--model.llm", "no/llm"], "no/llm"),
+    "layer out of range": (["--model.feature_layer", "9"], "feature_layer 9"),
+    "rows too short": (["--data.seq_length", "8"], "seq_length"),
+    "rows do not divide": (["--train.rows_per_micro_batch", "3"], "rows_per_step 2"),
+    "zero rows": (["--train.rows_per_step", "0"], "rows_per_step"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistake_ends_the_run_in_words_before_anything_is_written(hub, tmp_path, capsys, mistake: str) -> None:
+    flags, said = MISTAKES[mistake]
+    config = write_config(tmp_path, hub, write_llava(tmp_path), "align")
+    assert in_process("pretrain", "--config", config, *flags) != 0
+    captured = capsys.readouterr()
+    assert said in captured.err + captured.out
+    assert not (tmp_path / "align").exists()
+
+
+def test_mistake_is_told_once_without_a_traceback(hub: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, hub, write_llava(tmp_path), "align")
+    done = launch("pretrain", "--config", config, "--model.llm", "no/llm")
+    assert done.returncode != 0
+    assert sum(line.startswith("error: ") for line in done.stderr.splitlines()) == 1
+    assert "site-packages/transformers" not in done.stderr
+
+
+# ---------------------------------------------------------------- LLaVA-1.5 at tiny sizes
+
+
+@pytest.fixture(scope="module")
+def qwen(hub: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """CLIP and Qwen2, the classes that the recipe names, and a stage that was aligned with them."""
+    folder = tmp_path_factory.mktemp("qwen")
+    make_clip().save_pretrained(folder / "encoder")
+    make_processor().image_processor.save_pretrained(folder / "encoder")
+    make_llm("qwen2").save_pretrained(folder / "llm")
+    make_tokenizer().save_pretrained(folder / "llm")
+    parts = ModelConfig(str(folder / "encoder"), str(folder / "llm"), dtype="bfloat16")
+    config, processor = RunConfig(TrainConfig(output_dir=folder / "align"), model=parts), make_processor()
+    (folder / "align").mkdir()
+    save_stage(folder / "align", build_model(parts, processor.image_token_id), processor, dump_config(config))
+    return folder
+
+
+@pytest.mark.parametrize("path", LLAVA15, ids=lambda path: path.stem)
+def test_llava15_dry_run(qwen: Path, tmp_path: Path, capsys: Any, path: Path) -> None:
+    data = write_llava(tmp_path, turns=1)
+    flags: list[object] = ["--data.sources.0.path", data, "--data.sources.0.image_dir", tmp_path, "--dry_run"]
+    flags += ["--train.output_dir", tmp_path / "out"]
+    if load_config(path).model:
+        flags += ["--model.vision_encoder", qwen / "encoder", "--model.llm", qwen / "llm"]
+    else:
+        flags += ["--init_from", qwen / "align"]
+    script = "pretrain" if load_config(path).model else "finetune"
+    assert in_process(script, "--config", path, *flags) == 0
+    text = capsys.readouterr().out
+    assert "what trains" in text
+    assert "supervised in green" in text
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("path", LLAVA15, ids=lambda path: path.stem)
+def test_llava15_trains_two_steps(qwen: Path, tmp_path: Path, path: Path) -> None:
+    """bfloat16 frozen weights, autocast, checkpointing, LoRA dropout: the options of the real recipe together."""
+    data = write_llava(tmp_path, turns=1)
+    flags: list[object] = ["--data.sources.0.path", data, "--data.sources.0.image_dir", tmp_path, "--train.steps", 2]
+    flags += ["--train.output_dir", tmp_path / "out", "--train.rows_per_step", 2, "--data.num_workers", 0]
+    flags += ["--data.seq_length", 96, "--train.save_every", 1]
+    if load_config(path).model:
+        flags += ["--model.vision_encoder", qwen / "encoder", "--model.llm", qwen / "llm"]
+    else:
+        flags += ["--init_from", qwen / "align"]
+    assert in_process("pretrain" if load_config(path).model else "finetune", "--config", path, *flags) == 0
+    assert all(0 < line["loss"] < 10 for line in lines(tmp_path / "out"))
+    Assistant.load(tmp_path / "out")

@@ -1,0 +1,62 @@
+"""Small real runs for the tests of this folder: a LLaVA file, an index, `fit` on the CPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from conftest import make_model, make_processor, write_llava
+
+from mllm.data.formats.llava import LlavaSource
+from mllm.data.index import build_index
+from mllm.data.loader import DataConfig
+from mllm.models.multimodal import MultimodalLM
+from mllm.train.loop import TrainConfig, fit
+from mllm.train.trainable import LearningRates, Lora, choose_trainable
+
+SEQ_LENGTH = 96
+
+
+def settings(folder: Path, **changes: Any) -> TrainConfig:
+    """A run of a few steps at rates that move every weight."""
+    plain = {"learning_rate": LearningRates(connector=1e-2), "steps": 4, "rows_per_step": 4, "rows_per_micro_batch": 2}
+    return TrainConfig(output_dir=folder, **{**plain, **changes})
+
+
+def chosen_model(train: TrainConfig, seed: int = 0, **llm: Any) -> MultimodalLM:
+    """A tiny model in which what the settings name is switched on."""
+    model = make_model(seed=seed, **llm)
+    torch.manual_seed(5)
+    choose_trainable(model, train.learning_rate, train.lora)
+    return model
+
+
+def run(
+    data: Path, train: TrainConfig, model: MultimodalLM | None = None, resume: bool = False, **changes: Any
+) -> MultimodalLM:
+    """Index, fit, return the trained model; `data` is a LLaVA file."""
+    processor = make_processor()
+    model = model or chosen_model(train)
+    config = DataConfig([LlavaSource(path=data)], seq_length=SEQ_LENGTH, num_workers=0, **changes)
+    index = build_index(config.sources, processor, SEQ_LENGTH, progress=False)
+    train.output_dir.mkdir(parents=True, exist_ok=True)
+    fit(Accelerator(cpu=True), model, processor, index, config, train, resume)
+    return model
+
+
+def metrics(folder: Path, *names: str) -> list[tuple[Any, ...]]:
+    """Per step the named numbers; step, loss and gradient norm where none are named."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [tuple(line[name] for name in names or ("step", "loss", "grad_norm")) for line in lines]
+
+
+def weights(model: MultimodalLM) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+LORA = {"lora": Lora(rank=4, alpha=8), "learning_rate": LearningRates(connector=1e-2, llm=1e-2)}
+
+__all__ = ["LORA", "chosen_model", "metrics", "run", "settings", "weights", "write_llava"]

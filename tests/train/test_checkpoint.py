@@ -1,0 +1,264 @@
+"""What is written can be gone on from: the same losses after a cut, the same hidden states after a load."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_model, make_processor, write_llava
+
+from mllm.models.connectors import LinearConnector, QFormerConnector
+from mllm.models.multimodal import MultimodalLM
+from mllm.train.checkpoint import (
+    FINISHED,
+    KEEP,
+    checkpoints,
+    load_checkpoint,
+    load_stage,
+    save_checkpoint,
+    save_stage,
+)
+from mllm.train.loop import TrainConfig
+from mllm.train.trainable import LearningRates, Lora, choose_trainable, parameter_groups
+from runs import LORA, chosen_model, metrics, run, settings, weights
+
+DROPOUT = {**LORA, "lora": Lora(rank=4, alpha=8, dropout=0.3)}
+QFORMER = QFormerConnector(num_queries=4, hidden_size=16, num_layers=2, num_heads=2)
+FULL = {"learning_rate": LearningRates(connector=1e-2, llm=1e-3, vision_encoder=1e-3)}
+
+
+# ---------------------------------------------------------------- resume
+
+
+@pytest.mark.parametrize("more", [{}, LORA, DROPOUT, FULL], ids=["connector", "lora", "lora with dropout", "all"])
+def test_resume_continues_the_same_losses_bit_for_bit(tmp_path: Path, more: dict[str, Any]) -> None:
+    data = write_llava(tmp_path, records=20)
+    whole, cut = (settings(tmp_path / name, steps=8, save_every=4, **more) for name in ("whole", "cut"))
+    torch.manual_seed(0)
+    uninterrupted = weights(run(data, whole))
+    shutil.copytree(whole.output_dir, cut.output_dir)
+    shutil.rmtree(cut.output_dir / "checkpoints" / "step-8")  # as if the run had died between steps 4 and 8
+    torch.manual_seed(1234)
+    resumed = weights(run(data, cut, resume=True))
+    assert metrics(cut.output_dir) == metrics(whole.output_dir)
+    assert [line[0] for line in metrics(cut.output_dir)] == list(range(1, 9))
+    assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)
+
+
+def test_resume_of_a_run_that_was_at_its_end_changes_nothing(tmp_path: Path) -> None:
+    data, train = write_llava(tmp_path), settings(tmp_path / "out", save_every=2)
+    before, told = weights(run(data, train)), metrics(tmp_path / "out")
+    after = weights(run(data, train, resume=True))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert metrics(tmp_path / "out") == told
+
+
+def test_resume_ignores_a_half_written_line_of_metrics(tmp_path: Path) -> None:
+    data, train = write_llava(tmp_path), settings(tmp_path / "out", save_every=2)
+    run(data, train)
+    told = metrics(train.output_dir)
+    shutil.rmtree(train.output_dir / "checkpoints" / "step-4")
+    with (train.output_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')
+    run(data, train, resume=True)
+    assert metrics(train.output_dir) == told
+
+
+def test_resume_uses_the_rate_of_the_config_not_the_one_of_the_checkpoint(tmp_path: Path) -> None:
+    """One number, one place: the table that is printed is the one that is used."""
+    data, train = write_llava(tmp_path), settings(tmp_path / "out", save_every=2, schedule="constant", warmup=0.0)
+    run(data, train)
+    shutil.rmtree(train.output_dir / "checkpoints" / "step-4")
+    train.learning_rate = LearningRates(connector=5e-4)
+    run(data, train, resume=True)
+    told = [line[0]["connector"] for line in metrics(train.output_dir, "learning_rate")]
+    assert told == [1e-2, 1e-2, 5e-4, 5e-4]
+
+
+def test_newest_checkpoints_are_kept_and_older_ones_go(tmp_path: Path) -> None:
+    run(write_llava(tmp_path), settings(tmp_path / "out", steps=5, save_every=1))
+    assert [path.name for path in checkpoints(tmp_path / "out")] == ["step-4", "step-5"]
+    assert KEEP == 2
+
+
+def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
+    for step in (100, 9, 20):
+        (tmp_path / "checkpoints" / f"step-{step}").mkdir(parents=True)
+        (tmp_path / "checkpoints" / f"step-{step}" / "state.json").write_text("{}")
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-9", "step-20", "step-100"]
+
+
+def test_half_written_checkpoints_are_ignored(tmp_path: Path) -> None:
+    data, train = write_llava(tmp_path), settings(tmp_path / "out", save_every=2)
+    run(data, train)
+    folder = train.output_dir / "checkpoints"
+    shutil.copytree(folder / "step-4", folder / ".partial-6")
+    (folder / "step-8").mkdir()  # a copy that stopped: no file in it yet
+    (folder / "step-old").mkdir()
+    (folder / "step-4.bak").mkdir()
+    assert [path.name for path in checkpoints(train.output_dir)] == ["step-2", "step-4"]
+    told = metrics(train.output_dir)
+    run(data, train, resume=True)
+    assert metrics(train.output_dir) == told
+
+
+def test_crash_while_saving_leaves_the_older_checkpoint_in_place(tmp_path: Path, monkeypatch: Any) -> None:
+    train = settings(tmp_path)
+    model = chosen_model(train)
+    optimizer = torch.optim.AdamW(parameter_groups(model, train.learning_rate, 0.0))
+    save_checkpoint(tmp_path, 1, model, optimizer, "plan")
+    with monkeypatch.context() as broken:
+        broken.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            save_checkpoint(tmp_path, 2, model, optimizer, "plan")
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-1"]
+    save_checkpoint(tmp_path, 2, model, optimizer, "plan")
+    assert load_checkpoint(tmp_path, model, optimizer, "plan") == 2
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"rows_per_step": 2}])
+def test_resume_with_another_plan_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    data = write_llava(tmp_path)
+    run(data, settings(tmp_path / "out", save_every=2))
+    with pytest.raises(ValueError, match="was made with other data"):
+        run(data, settings(tmp_path / "out", save_every=2, **change), resume=True)
+
+
+def test_resume_with_other_data_is_refused(tmp_path: Path) -> None:
+    run(write_llava(tmp_path), settings(tmp_path / "out", save_every=2))
+    with pytest.raises(ValueError, match="was made with other data"):
+        run(write_llava(tmp_path, records=13), settings(tmp_path / "out"), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [(FULL, r"llm\..*not in the file"), (LORA, r"lora_.*not in the file")],
+    ids=["more trains", "an adapter more"],
+)
+def test_resume_with_another_set_of_trained_weights_names_a_tensor(tmp_path, change, said) -> None:
+    data = write_llava(tmp_path)
+    run(data, settings(tmp_path / "out", save_every=2))
+    with pytest.raises(ValueError, match=said):
+        run(data, settings(tmp_path / "out", **change), resume=True)
+
+
+def test_resume_with_another_lora_rank_names_a_tensor_and_both_shapes(tmp_path: Path) -> None:
+    data = write_llava(tmp_path)
+    run(data, settings(tmp_path / "out", save_every=2, **LORA))
+    other = settings(tmp_path / "out", **{**LORA, "lora": Lora(rank=2, alpha=8)})
+    with pytest.raises(ValueError, match=r"lora_.*\(4, .*in the file, \(2, "):
+        run(data, other, resume=True)
+
+
+def test_checkpoint_names_no_frozen_weight(tmp_path: Path) -> None:
+    run(write_llava(tmp_path), settings(tmp_path / "out", save_every=4))
+    folder = checkpoints(tmp_path / "out")[-1]
+    assert (folder / "trained.safetensors").stat().st_size < 20_000
+    assert json.loads((folder / "state.json").read_text())["step"] == 4
+
+
+# ---------------------------------------------------------------- stage folder
+
+
+def hidden(model: MultimodalLM) -> torch.Tensor:
+    processor = make_processor()
+    ids = torch.tensor([[5, *[processor.image_token_id] * 4, 7, 8, 9]])
+    pixels = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model.eval()(ids, torch.arange(8)[None], pixels, 1)
+
+
+def saved(folder: Path, model: MultimodalLM) -> Path:
+    folder.mkdir(exist_ok=True, parents=True)
+    save_stage(folder, model, make_processor(), "model: {}\n")
+    return folder
+
+
+def shaken(train: TrainConfig, model: MultimodalLM | None = None, **llm: Any) -> MultimodalLM:
+    """As after training: every trained weight moved."""
+    model = model or make_model(**llm)
+    choose_trainable(model, train.learning_rate, train.lora)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    return model
+
+
+def loaded(folder: Path, **llm: Any) -> MultimodalLM:
+    """Frozen parts from their ids, then the stage over them; the connector starts elsewhere."""
+    model = make_model(**llm)
+    torch.nn.init.zeros_(model.connector[0].weight)
+    load_stage(model, folder)
+    return model
+
+
+@pytest.mark.parametrize("llm", [{}, {"tie_word_embeddings": True}], ids=["untied", "tied"])
+@pytest.mark.parametrize("more", [{}, LORA, FULL], ids=["connector", "lora", "all"])
+def test_saved_stage_loads_to_equal_hidden_states(tmp_path: Path, more: dict[str, Any], llm: dict[str, Any]) -> None:
+    model = shaken(settings(tmp_path, **more), **llm)
+    folder = saved(tmp_path / "stage", model)
+    assert torch.equal(hidden(model), hidden(loaded(folder, **llm)))
+    assert not torch.equal(hidden(model), hidden(make_model(**llm)))
+
+
+@pytest.mark.parametrize(
+    ("more", "files"),
+    [({}, set()), (LORA, {"adapter"}), (FULL, {"llm.safetensors", "vision_encoder.safetensors"})],
+    ids=["connector", "lora", "all"],
+)
+def test_stage_holds_what_trained_and_names_the_rest(tmp_path: Path, more: dict[str, Any], files: set[str]) -> None:
+    folder = saved(tmp_path / "stage", shaken(settings(tmp_path, **more)))
+    assert {path.name for path in folder.iterdir()} == {"config.yaml", FINISHED, "processor", *files}
+
+
+CHAINS = {
+    "lora, then the connector alone": [LORA, {}],
+    "full, then the connector alone": [FULL, {}],
+    "lora, then lora": [LORA, LORA],
+    "full, then lora": [FULL, LORA],
+    "lora, then full": [LORA, FULL],
+    "full, lora, full": [FULL, LORA, FULL],
+    "full, lora, connector": [FULL, LORA, {}],
+    "lora, full, lora": [LORA, FULL, LORA],
+}
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_each_stage_keeps_what_earlier_stages_learned(tmp_path: Path, chain: str) -> None:
+    folder = None
+    for number, more in enumerate(CHAINS[chain]):
+        start = loaded(folder) if folder else None
+        model = shaken(settings(tmp_path, **more), start)
+        folder = saved(tmp_path / str(number), model)
+        torch.testing.assert_close(hidden(loaded(folder)), hidden(model), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [LinearConnector(), QFORMER],
+    ids=lambda c: c.type,
+)
+def test_stage_of_another_connector_is_refused_with_the_tensors_names(tmp_path: Path, other: Any) -> None:
+    folder = saved(tmp_path / "stage", make_model())
+    with pytest.raises(ValueError, match=r"connector\.safetensors does not fit[^$]*0\.weight: not in the model"):
+        load_stage(make_model(connector=other), folder)
+
+
+def test_stage_of_another_width_is_refused_with_both_shapes(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "stage", make_model())
+    model = make_model()
+    model.connector = torch.nn.Sequential(torch.nn.Linear(24, 16), torch.nn.GELU(), torch.nn.Linear(16, 32))
+    with pytest.raises(ValueError, match=r"0\.weight: \(32, 24\) in the file, \(16, 24\) in the model"):
+        load_stage(model, folder)
+
+
+def test_folder_without_the_last_file_is_no_stage(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "stage", make_model())
+    (folder / FINISHED).unlink()
+    with pytest.raises(ValueError, match="no finished stage"):
+        load_stage(make_model(), folder)
