@@ -58,7 +58,7 @@ def parse(argv: list[str] | None = None) -> RunConfig:
     first.add_argument("--config", type=Path)
     known, rest = first.parse_known_args(argv)
     try:
-        options = {"default": load_config(known.config)} if known.config else {}
+        options: dict[str, Any] = {"default": load_config(known.config)} if known.config else {}
         config = tyro.cli(RunConfig, args=rest, use_underscores=True, config=(tyro.conf.AvoidSubcommands,), **options)
         return validate(TypeAdapter(RunConfig).dump_python(config), "the command line")
     except ValueError as error:

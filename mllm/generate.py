@@ -92,6 +92,7 @@ class Assistant:
         return {
             "max_new_tokens": max_new_tokens,
             "do_sample": False,
+            "repetition_penalty": 1.0,  # Qwen2.5's own default is 1.1, and then the answer is not the greedy one
             "eos_token_id": self.stop_ids,
             "pad_token_id": self.stop_ids[0] if self.stop_ids else 0,
         }

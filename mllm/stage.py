@@ -48,10 +48,13 @@ WRITTEN = (
 def start(config: RunConfig) -> Accelerator:
     """Ranks, precision and seed; the merged config on the screen."""
     from accelerate import Accelerator
+    from accelerate.utils import GradientAccumulationPlugin
 
     check_output(config)
     quiet_libraries()
-    accelerator = Accelerator(mixed_precision=config.train.mixed_precision)
+    # the step counts its micro-batches itself: a number from `accelerate launch` would divide the gradient once more
+    once = GradientAccumulationPlugin(num_steps=1)
+    accelerator = Accelerator(mixed_precision=config.train.mixed_precision, gradient_accumulation_plugin=once)
     torch.manual_seed(config.train.seed)
     console(accelerator).print(dump_config(config), highlight=False, style="dim")
     return accelerator

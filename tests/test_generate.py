@@ -179,3 +179,11 @@ def test_newest_stage_is_the_one_that_finished_last(tmp_path: Path) -> None:
         os.utime(tmp_path / name / "connector.safetensors", (1000 - age, 1000 - age))
     (tmp_path / "unfinished").mkdir()
     assert newest_stage(tmp_path) == tmp_path / "new"
+
+
+def test_answer_is_the_greedy_one_whatever_the_llms_generation_config_prefers() -> None:
+    assistant = Assistant(sharp(make_model()), make_processor())
+    before = assistant.answer(questions(), 12)
+    settings = assistant.model.llm.generation_config
+    settings.repetition_penalty, settings.temperature, settings.top_k, settings.do_sample = 5.0, 0.7, 5, True
+    assert assistant.answer(questions(), 12) == before

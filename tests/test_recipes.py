@@ -321,3 +321,14 @@ def test_llava15_trains_two_steps(qwen: Path, tmp_path: Path, path: Path) -> Non
     assert in_process("pretrain" if load_config(path).model else "finetune", "--config", path, *flags) == 0
     assert all(0 < line["loss"] < 10 for line in lines(tmp_path / "out"))
     Assistant.load(tmp_path / "out")
+
+
+def test_accumulation_named_to_the_launcher_does_not_divide_the_gradient_again(hub, tmp_path, monkeypatch) -> None:
+    data, told = write_llava(tmp_path), []
+    for steps in ("1", "4"):
+        monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", steps)
+        folder = tmp_path / steps
+        folder.mkdir()
+        assert in_process("pretrain", "--config", write_config(folder, hub, data, "align")) == 0
+        told.append([line["grad_norm"] for line in lines(folder / "align")])
+    assert told[0] == told[1]

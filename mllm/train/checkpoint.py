@@ -46,10 +46,12 @@ def save_part(folder: Path, name: str, part: nn.Module) -> None:
     """An LLM's adapter, and the whole part if it differs from its Hub id; nothing for a frozen one."""
     from peft import PeftModel
 
-    adapted = isinstance(part, PeftModel)
-    if adapted:
+    differs = getattr(part, "differs_from_hub", False)
+    if isinstance(part, PeftModel):
         part.save_pretrained(str(folder / "adapter"))
-    if getattr(part, "differs_from_hub", False) or (not adapted and any(p.requires_grad for p in part.parameters())):
+    else:
+        differs = differs or any(p.requires_grad for p in part.parameters())
+    if differs:
         save_tensors(without_adapter(part), folder / f"{name}.safetensors")
 
 

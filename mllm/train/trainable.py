@@ -75,7 +75,7 @@ def attach_lora(model: MultimodalLM, lora: Lora) -> None:
     from peft import LoraConfig, PeftModel, get_peft_model
 
     if isinstance(model.llm, PeftModel):  # an earlier stage's adapter goes on training
-        own = model.llm.peft_config["default"]
+        own: Any = model.llm.peft_config["default"]
         if (own.r, own.lora_alpha) != (lora.rank, lora.alpha):
             raise ValueError(
                 f"the earlier stage's adapter has rank {own.r} and alpha {own.lora_alpha}, train.lora says "
