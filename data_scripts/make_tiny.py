@@ -17,7 +17,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import astuple, dataclass
-from itertools import combinations, permutations, product
+from itertools import permutations, product
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,11 @@ COLOURS = {
     "black": (25, 25, 30),
     "pink": (250, 150, 195),
 }
-RADII = {"small": (6.0, 7.0), "large": (11.0, 12.5)}
+RADII = {"small": (8.0, 9.0), "large": (12.5, 14.0)}
 PLACES = {"top left": (16, 16), "top right": (48, 16), "bottom left": (16, 48), "bottom right": (48, 48)}
 """The four quadrants and their centres; a shape strays from the centre but never leaves its quadrant."""
+STRAY = 3.0
+"""Pixels that a shape may stand beside the centre of its quadrant."""
 THIRD = 0.34
 OUTLINES = {  # corners in units of the radius, y down; a circle needs none
     "circle": [],
@@ -81,12 +83,20 @@ Scene = list[Thing]
 
 
 def draw_scene(rng: random.Random, pairs: frozenset[Pair], must_hold: frozenset[Pair] = frozenset()) -> Scene:
-    """One to three things of `pairs`, each in a quadrant of its own; the first is one of `must_hold`, if any."""
-    places = rng.sample(list(PLACES), rng.choice([1, 2, 2, 3, 3]))
-    chosen = [rng.choice(sorted(pairs)) for _ in places]
-    if must_hold:
-        chosen[0] = rng.choice(sorted(must_hold))
+    """One to three things of `pairs`, each in a quadrant of its own; the first is one of `must_hold`, if any.
+
+    No two share a colour or a shape, so that "the circle" and "the red shape" are always clear.
+    """
+    places = rng.sample(list(PLACES), rng.randint(1, 3))
+    chosen: list[Pair] = []
+    for _ in places:
+        free = sorted(pair for pair in (pairs if chosen or not must_hold else must_hold) if not clashes(pair, chosen))
+        chosen.append(rng.choice(free))
     return [Thing(rng.choice(list(RADII)), *pair, place) for pair, place in zip(chosen, places, strict=True)]
+
+
+def clashes(pair: Pair, chosen: list[Pair]) -> bool:
+    return any(pair[0] == colour or pair[1] == shape for colour, shape in chosen)
 
 
 def paint(scene: Scene, rng: random.Random) -> Image.Image:
@@ -101,14 +111,12 @@ def paint(scene: Scene, rng: random.Random) -> Image.Image:
 
 def paint_thing(pen: ImageDraw.ImageDraw, thing: Thing, rng: random.Random) -> None:
     radius = rng.uniform(*RADII[thing.size])
-    stray = min(5.0, 15.0 - radius)
+    stray = min(STRAY, 15.0 - radius)
     x, y = (centre + rng.uniform(-stray, stray) for centre in PLACES[thing.place])
     colour = tuple(min(255, max(0, channel + rng.randint(-10, 10))) for channel in COLOURS[thing.colour])
     corners = OUTLINES[thing.shape]
     if corners:
-        pen.polygon(
-            [((x + radius * i) * OVERSAMPLING, (y + radius * j) * OVERSAMPLING) for i, j in corners], colour
-        )
+        pen.polygon([((x + radius * i) * OVERSAMPLING, (y + radius * j) * OVERSAMPLING) for i, j in corners], colour)
     else:
         box = (x - radius, y - radius, x + radius, y + radius)
         pen.ellipse([edge * OVERSAMPLING for edge in box], colour)
@@ -124,18 +132,9 @@ def name(thing: Thing, attributes: Iterable[str] = ATTRIBUTES) -> str:
     return " ".join(words) + (f" at the {thing.place}" if "place" in attributes else "")
 
 
-def unique_name(thing: Thing, scene: Scene, rng: random.Random, hide: str = "") -> str | None:
-    """The shortest name that fits no other thing and does not tell `hide`; None if two attributes do not do."""
-    told = [attribute for attribute in ATTRIBUTES if attribute != hide]
-    for length in (1, 2):
-        mixes = [mix for mix in combinations(told, length) if sum(same(thing, other, mix) for other in scene) == 1]
-        if mixes:
-            return "the " + name(thing, rng.choice(mixes))
-    return None
-
-
-def same(one: Thing, other: Thing, attributes: Iterable[str]) -> bool:
-    return all(getattr(one, attribute) == getattr(other, attribute) for attribute in attributes)
+def short_name(thing: Thing, rng: random.Random, hide: str = "") -> str:
+    """A name by shape or by colour, whichever does not tell `hide`: "the circle", "the red shape"."""
+    return "the " + name(thing, [rng.choice([told for told in ("shape", "colour") if told != hide])])
 
 
 def with_article(words: str) -> str:
@@ -168,9 +167,11 @@ def captions_of(scene: Scene, rng: random.Random) -> list[str]:
 
 
 def phrases_of(scene: Scene) -> list[str]:
-    """Short captions of one thing at its place, telling each mix of its size, colour and shape."""
-    mixes = [mix for size in (1, 2, 3) for mix in combinations(ATTRIBUTES[:3], size)]
-    return [with_article(name(thing, (*mix, "place"))) for thing in scene for mix in mixes]
+    """Short captions of one thing at its place, each telling one of its size, colour and shape.
+
+    One at a time: a caption of a colour and a shape would teach which pairs exist.
+    """
+    return [with_article(name(thing, (told, "place"))) for thing in scene for told in ATTRIBUTES[:3]]
 
 
 # ------------------------------------------------------------------------------------------- questions
@@ -197,49 +198,41 @@ OPEN_QUESTIONS = {
 
 def ask_attribute(attribute: str, scene: Scene, rng: random.Random) -> Iterator[Question]:
     for thing in scene:
-        if subject := unique_name(thing, scene, rng, hide=attribute):
-            text = OPEN_QUESTIONS[attribute].format(subject)
-            yield Question(attribute, attribute, text, getattr(thing, attribute), (thing,))
+        text = OPEN_QUESTIONS[attribute].format(short_name(thing, rng, hide=attribute))
+        yield Question(attribute, attribute, text, getattr(thing, attribute), (thing,))
 
 
-def ask_count(scene: Scene, rng: random.Random) -> Iterator[Question]:
+def ask_count(scene: Scene) -> Iterator[Question]:
     yield Question("count", "count all", "How many shapes are there?", str(len(scene)), tuple(scene))
-    for colour in COLOURS:
-        found = tuple(thing for thing in scene if thing.colour == colour)
-        yield Question(
-            "count", "count colour", f"How many {colour} shapes are there?", str(len(found)), found
-        )
+    for size in RADII:
+        found = tuple(thing for thing in scene if thing.size == size)
+        yield Question("count", "count size", f"How many {size} shapes are there?", str(len(found)), found)
 
 
-def ask_existence(scene: Scene, rng: random.Random, pairs: frozenset[Pair]) -> Iterator[Question]:
+def ask_existence(scene: Scene, pairs: frozenset[Pair]) -> Iterator[Question]:
     """Yes for each pair in the scene, no for pairs that share a colour or a shape with one: nothing easy."""
     for pair in sorted(pairs):
         near = tuple(thing for thing in scene if thing.colour == pair[0] or thing.shape == pair[1])
         answer = "yes" if any(thing.pair == pair for thing in near) else "no"
         if near:
-            yield Question(
-                "existence", "existence", f"Is there {with_article(' '.join(pair))}?", answer, near
-            )
+            yield Question("existence", "existence", f"Is there {with_article(' '.join(pair))}?", answer, near)
 
 
 def ask_comparison(scene: Scene, rng: random.Random) -> Iterator[Question]:
     for one, other in permutations(scene, 2):
-        for kind, hide, pattern, holds in comparisons(one, other):
-            names = unique_name(one, scene, rng, hide), unique_name(other, scene, rng, hide)
-            if None not in names:
-                answer = "yes" if holds else "no"
-                yield Question("comparison", kind, pattern.format(*names), answer, (one, other))
+        names = short_name(one, rng), short_name(other, rng)
+        for kind, pattern, holds in comparisons(one, other):
+            yield Question("comparison", kind, pattern.format(*names), "yes" if holds else "no", (one, other))
 
 
-def comparisons(one: Thing, other: Thing) -> Iterator[tuple[str, str, str, bool]]:
-    """(kind, attribute that the names must not tell, pattern, whether it holds) for all that is beyond doubt."""
-    yield "same colour", "colour", "Are {} and {} the same colour?", one.colour == other.colour
-    yield "larger", "size", "Is {} larger than {}?", (one.size, other.size) == ("large", "small")
+def comparisons(one: Thing, other: Thing) -> Iterator[tuple[str, str, bool]]:
+    """(kind, pattern, whether it holds) for all that is beyond doubt."""
+    yield "larger", "Is {} larger than {}?", (one.size, other.size) == ("large", "small")
     (row, column), (other_row, other_column) = one.place.split(), other.place.split()
     if row != other_row:
-        yield "above", "place", "Is {} above {}?", row == "top"
+        yield "above", "Is {} above {}?", row == "top"
     if column != other_column:
-        yield "left of", "place", "Is {} left of {}?", column == "left"
+        yield "left of", "Is {} left of {}?", column == "left"
 
 
 TYPES = (*OPEN_QUESTIONS, "count", "existence", "comparison")
@@ -258,9 +251,7 @@ class Asker:
         asked: dict[str, Question] = {}
         while len(asked) < number:
             for type_ in self.rng.sample(TYPES, len(TYPES)):
-                question = self.pick(
-                    [q for q in self.candidates(type_, scene) if focus(q) and q.text not in asked]
-                )
+                question = self.pick([q for q in self.candidates(type_, scene) if focus(q) and q.text not in asked])
                 if question and len(asked) < number:
                     self.heard[question.kind, question.answer] += 1
                     asked[question.text] = question
@@ -268,9 +259,9 @@ class Asker:
 
     def candidates(self, type_: str, scene: Scene) -> list[Question]:
         if type_ == "count":
-            return list(ask_count(scene, self.rng))
+            return list(ask_count(scene))
         if type_ == "existence":
-            return list(ask_existence(scene, self.rng, self.pairs))
+            return list(ask_existence(scene, self.pairs))
         if type_ == "comparison":
             return list(ask_comparison(scene, self.rng))
         return list(ask_attribute(type_, scene, self.rng))
@@ -289,33 +280,27 @@ class Asker:
 # --------------------------------------------------------------------------------------------- records
 
 
-def turns(questions: list[Question], opening: str) -> list[dict[str, str]]:
-    """Questions and answers as LLaVA turns; `opening` stands before the first question alone."""
-    first, *rest = questions
-    pairs = [(opening + first.text, first.answer), *[(question.text, question.answer) for question in rest]]
-    return [
-        turn
-        for asked, told in pairs
-        for turn in ({"from": "human", "value": asked}, {"from": "gpt", "value": told})
-    ]
+def conversation(question: Question, opening: str) -> list[dict[str, str]]:
+    """One question and its answer as LLaVA turns.
+
+    A record asks once: of several questions the earlier answers would give the later ones away unseen.
+    """
+    return [{"from": "human", "value": opening + question.text}, {"from": "gpt", "value": question.answer}]
 
 
-def as_messages(conversation: list[dict[str, str]]) -> list[dict[str, str]]:
-    roles = {"human": "user", "gpt": "assistant"}
-    return [{"role": roles[turn["from"]], "content": turn["value"]} for turn in conversation]
-
-
-def text_chat(scene: Scene, asker: Asker, rng: random.Random, questions: int) -> dict[str, Any]:
+def text_chat(scene: Scene, asker: Asker, rng: random.Random) -> dict[str, Any]:
     """A chat about a scene told in words, standing where a picture will stand later."""
-    told, wanted = rng.sample(captions_of(scene, rng), 2)
-    if rng.random() < DESCRIBE_SHARE:
-        conversation = [("user", f"{told}\nDescribe the picture."), ("assistant", wanted)]
-        return {"messages": [{"role": role, "content": content} for role, content in conversation]}
-    return {"messages": as_messages(turns(asker.ask(scene, questions), f"{told}\n"))}
+    told, retold = rng.sample(captions_of(scene, rng), 2)
+    if rng.random() < RETELL_SHARE:
+        asked, answer = "Describe the picture.", retold
+    else:
+        question = asker.ask(scene, 1)[0]
+        asked, answer = question.text, question.answer
+    return {"messages": [{"role": "user", "content": f"{told}\n{asked}"}, {"role": "assistant", "content": answer}]}
 
 
-DESCRIBE_SHARE = 0.3
-"""The share of texts that retell a scene in other words; the rest answer questions."""
+RETELL_SHARE = 0.2
+"""The share of texts that retell a scene in other words; the rest answer a question."""
 
 
 # ----------------------------------------------------------------------------------------------- files
@@ -344,58 +329,66 @@ class Folder:
     def write(self, file: str, content: Any) -> None:
         """As lines if the name says `.jsonl`, as one value otherwise."""
         is_lines = file.endswith(".jsonl")
-        text = (
-            "".join(json.dumps(row) + "\n" for row in content) if is_lines else json.dumps(content, indent=1)
-        )
+        text = "".join(json.dumps(row) + "\n" for row in content) if is_lines else json.dumps(content, indent=1)
         (self.out / file).write_text(text)
 
 
 def make_train(folder: Folder, images: int, questions: int) -> None:
     rng = folder.rng("train")
     asker = Asker(rng, TRAIN_PAIRS)
-    captions, conversations = [], []
+    captions, records = [], []
     for index in track(range(images), "training pictures"):
         scene = draw_scene(rng, TRAIN_PAIRS)
         sample = {"id": f"train-{index:05d}", "image": folder.add("train", index, scene, rng)}
         captions.append(sample | {"captions": captions_of(scene, rng), "phrases": phrases_of(scene)})
-        conversations.append(sample | {"conversations": turns(asker.ask(scene, questions), "<image>\n")})
+        records += records_of(sample, asker.ask(scene, questions))
     folder.write("captions.jsonl", captions)
-    folder.write("train.json", conversations)
+    folder.write("train.json", records)
 
 
 def make_held_out(folder: Folder, split: str, images: int, questions: int) -> None:
-    """One record a question. In `compositional` nearly all questions are about the pair that is new."""
+    """In `compositional` nearly all questions are about the pair that is new."""
     is_new = split == "compositional"
     rng = folder.rng(split)
-    pairs = ALL_PAIRS if is_new else TRAIN_PAIRS
-    asker = Asker(rng, pairs)
+    asker = Asker(rng, ALL_PAIRS if is_new else TRAIN_PAIRS)
     records = []
     for index in track(range(images), f"{split} pictures"):
         scene = draw_scene(rng, TRAIN_PAIRS, HELD_OUT if is_new else frozenset())
-        path = folder.add(split, index, scene, rng)
-        for number, question in enumerate(asker.ask(scene, questions, is_about_new if is_new else bool)):
-            record = {"id": f"{split}-{index:05d}-{number}", "image": path, "type": question.type}
-            records.append(record | {"conversations": turns([question], "<image>\n")})
+        sample = {"id": f"{split}-{index:05d}", "image": folder.add(split, index, scene, rng)}
+        records += records_of(sample, asker.ask(scene, questions, is_about_new if is_new else bool))
     folder.write(f"{split}.json", records)
+
+
+def records_of(sample: dict[str, str], questions: list[Question]) -> list[dict[str, Any]]:
+    """A LLaVA record for each question about one picture, with the question's type."""
+    return [
+        {
+            "id": f"{sample['id']}-{number}",
+            "image": sample["image"],
+            "type": question.type,
+            "conversations": conversation(question, "<image>\n"),
+        }
+        for number, question in enumerate(questions)
+    ]
 
 
 def is_about_new(question: Question) -> bool:
     return question.kind == "count all" or any(thing.pair in HELD_OUT for thing in question.about)
 
 
-def make_texts(folder: Folder, texts: int, questions: int) -> None:
+def make_texts(folder: Folder, texts: int) -> None:
     rng = folder.rng("texts")
     asker = Asker(rng, TRAIN_PAIRS)
     scenes = (draw_scene(rng, TRAIN_PAIRS) for _ in track(range(texts), "texts"))
-    folder.write("texts.jsonl", (text_chat(scene, asker, rng, questions) for scene in scenes))
+    folder.write("texts.jsonl", (text_chat(scene, asker, rng) for scene in scenes))
 
 
 def main(
     out: Path,
     images: int = 6000,
     held_out_images: int = 250,
-    texts: int = 10000,
-    train_questions: int = 7,
+    texts: int = 16000,
+    train_questions: int = 4,
     held_out_questions: int = 5,
     seed: int = 0,
 ) -> None:
@@ -403,10 +396,10 @@ def main(
 
     Args:
         out: The folder to write.
-        images: Training pictures; each has captions and one conversation.
+        images: Training pictures.
         held_out_images: Pictures in each of `plain` and `compositional`.
         texts: Training chats for the small LLM, about scenes in words alone.
-        train_questions: Questions in a training conversation.
+        train_questions: Questions, each a record, about a training picture.
         held_out_questions: Questions, each a record, about a held-out picture.
         seed: The same seed, the same files.
     """
@@ -414,10 +407,8 @@ def main(
     make_train(folder, images, train_questions)
     for split in ("plain", "compositional"):
         make_held_out(folder, split, held_out_images, held_out_questions)
-    make_texts(folder, texts, train_questions)
-    folder.write(
-        "scenes.json", {path: [astuple(thing) for thing in scene] for path, scene in folder.scenes.items()}
-    )
+    make_texts(folder, texts)
+    folder.write("scenes.json", {path: [astuple(thing) for thing in scene] for path, scene in folder.scenes.items()})
     counts = {"images": images, "held_out_images": held_out_images, "texts": texts}
     folder.write("data.json", counts | {"held_out_pairs": sorted(HELD_OUT), "seed": seed})
 

@@ -1,50 +1,57 @@
 """Train the two tiny parts of the demo, which a real job takes from the Hub.
 
-Enters: a folder by `data_scripts/make_tiny.py`. Leaves: `OUT/vision_encoder` (a CLIP of both towers, its image processor
-and tokenizer), `OUT/llm` (a causal LM, its tokenizer with a chat template) and `OUT/parts.json` (losses, seconds). Why:
-with these two, "frozen encoder + connector + LLM" means what it means at full size, offline and in two minutes.
+Enters: a folder by `data_scripts/make_tiny.py`. Leaves: `OUT/vision_encoder` (a CLIP with both towers, its image
+processor and tokenizer), `OUT/llm` (a causal LM, its tokenizer with a chat template) and `OUT/parts.json` (losses,
+seconds). Why: with these two, "frozen encoder + connector + LLM" means what it means at full size, offline.
 
-The encoder learns from captions alone, the LLM from words alone: neither has seen a question about a picture. The
-two train side by side, a process and a core each.
+The encoder learns from captions alone, the LLM from words alone: neither has seen a question about a picture. They
+train side by side, one process and one core each.
 
     python recipes/tiny/parts.py --data runs/tiny/data --out runs/tiny/parts
+
+Shapes: N images, U captions, T tokens, B rows, S tokens in a row.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-os.environ["OMP_NUM_THREADS"] = "1"  # one core each: the two trainings share the machine
+os.environ["OMP_NUM_THREADS"] = "1"  # two trainings on two cores; a second thread each would only spin
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the two processes are forked
 
 import numpy as np
 import torch
 import tyro
 from PIL import Image
-from rich.progress import Progress, TimeElapsedColumn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
+Report = dict[str, float]
+IGNORE_INDEX = -100
 IMAGE_SIZE = 64
-PATCH_SIZE = 8
+PATCH_SIZE = 16
+GREY_SHARE = 0.5
+"""Pictures shown without colour, and told without it: only so is a shape learned apart from the colours it came in."""
+COLOURS = frozenset("red green blue yellow purple orange black pink brown gray teal".split())
+"""Words that a colourless picture cannot bear out."""
 BEGIN, PAD, END = "<|begin|>", "<|pad|>", "<|end|>"
-ROLES = [f"<|{role}|>" for role in ("system", "user", "assistant")]
+ROLES = ["<|system|>", "<|user|>", "<|assistant|>"]
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>' }}"
     "{% if message['role'] == 'assistant' %}"
@@ -54,59 +61,97 @@ CHAT_TEMPLATE = (
 )
 
 
+def main(data: Path, out: Path, clip_steps: int = 500, llm_steps: int = 300) -> None:
+    """Train both parts.
+
+    Args:
+        data: A folder by `data_scripts/make_tiny.py`.
+        out: Where the parts go.
+        clip_steps: Steps of the vision encoder.
+        llm_steps: Steps of the LLM.
+    """
+    started = time.perf_counter()
+    train_tokenizer(data).save_pretrained(out / "llm")
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("fork")) as pool:
+        clip = pool.submit(train_clip, data, out, clip_steps)
+        llm = pool.submit(train_llm, data, out, llm_steps)
+        reports = {"vision_encoder": clip.result(), "llm": llm.result()}
+    reports["seconds"] = time.perf_counter() - started
+    (out / "parts.json").write_text(json.dumps(reports, indent=1))
+    print(json.dumps(reports, indent=1))
+
+
+# ------------------------------------------------------------------------------------- what both share
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-# ----------------------------------------------------------------------------------- what both share
-
-
-def fit(model: nn.Module, step_loss: Callable[[], Tensor], steps: int, rate: float, title: str) -> dict[str, float]:
-    """AdamW with warm-up and cosine decay over `steps` calls of `step_loss`."""
-    torch.manual_seed(0)
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    kept = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": kept, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_cosine(step, steps))
+def fit(model: nn.Module, next_loss: Callable[[], Tensor], steps: int, title: str) -> Report:
+    """Take `steps` on what `next_loss` returns; the rates warm up, then fall as a cosine."""
+    torch.set_num_threads(1)
+    optimizers = make_optimizers(model)
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_cosine((step + 1) / steps))
+        for optimizer in optimizers
+    ]
     started = time.perf_counter()
-    running = 0.0
-    for step in range(steps):
-        loss = step_loss()
-        optimizer.zero_grad()
+    smooth = math.nan
+    for step in range(1, steps + 1):
+        loss = next_loss()
+        model.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        running = loss.item() if step == 0 else 0.95 * running + 0.05 * loss.item()
-        if step % 50 == 49:
-            print(f"{title}: step {step + 1}/{steps} loss {running:.4f} {time.perf_counter() - started:.0f}s", flush=True)
-    return {"steps": steps, "loss": running, "seconds": time.perf_counter() - started}
+        for stepper in (*optimizers, *schedules):
+            stepper.step()
+        smooth = loss.item() if step == 1 else 0.95 * smooth + 0.05 * loss.item()
+        if step % 50 == 0 or step == steps:
+            seconds = time.perf_counter() - started
+            print(f"{title:14} step {step:5}/{steps}  loss {smooth:.3f}  {seconds:4.0f} s", flush=True)
+    return {"steps": steps, "loss": smooth, "seconds": time.perf_counter() - started}
 
 
-def warm_cosine(step: int, steps: int, warm_up: float = 0.05) -> float:
-    done = step / steps
-    return done / warm_up if done < warm_up else 0.5 * (1 + math.cos(math.pi * (done - warm_up) / (1 - warm_up)))
+def make_optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the layers, which learns in a third of AdamW's steps; AdamW for all else."""
+    inner = {id(p) for name, p in model.named_parameters() if p.ndim == 2 and "layers." in name}
+    matrices = [p for p in model.parameters() if id(p) in inner]
+    others = [p for p in model.parameters() if id(p) not in inner]
+    return [
+        torch.optim.Muon(matrices, lr=0.02, weight_decay=0.05),
+        torch.optim.AdamW(others, lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
 
 
-def endless_order(size: int, generator: torch.Generator) -> Iterator[int]:
+def warm_cosine(done: float, warm_up: float = 0.05) -> float:
+    """The share of the full rate when `done` (0 to 1) of the training is behind."""
+    return min(done / warm_up, 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def batches(size: int, batch: int) -> Iterator[Tensor]:
+    """Indices [batch] for ever, each epoch in a new order."""
+    generator = torch.Generator().manual_seed(0)
     while True:
-        yield from torch.randperm(size, generator=generator).tolist()
+        yield from torch.randperm(size, generator=generator)[: size - size % batch].split(batch)
 
 
-# ----------------------------------------------------------------------------------- tokenizer
+# ------------------------------------------------------------------------------------------- tokenizer
 
 
-def train_tokenizer(texts: list[str], vocab_size: int = 448) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: no text is unknown to it, and the words of the shapes become one token each."""
+def train_tokenizer(data: Path) -> PreTrainedTokenizerFast:
+    """Byte-level BPE: nothing is unknown to it, and each word of the shapes becomes one token.
+
+    A space is put before each text, so that "red" as an answer is the same token as "red" in a sentence.
+    """
+    words = (message["content"] for chat in read_lines(data / "texts.jsonl") for message in chat["messages"])
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = [PAD, BEGIN, END, *ROLES]
-    bpe.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=448, special_tokens=[PAD, BEGIN, END, *ROLES], initial_alphabet=alphabet, show_progress=False
     )
+    bpe.train_from_iterator(words, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         bos_token=BEGIN,
@@ -118,143 +163,178 @@ def train_tokenizer(texts: list[str], vocab_size: int = 448) -> PreTrainedTokeni
     )
 
 
-# ----------------------------------------------------------------------------------- llm
+# ------------------------------------------------------------------------------------------------- llm
 
 
-def build_llm(tokenizer, width=128, layers=4, heads=4) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            intermediate_size=3 * width,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=heads,
-            max_position_embeddings=1024,
-            tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-
-
-def encode_chats(tokenizer, chats) -> list[tuple[list[int], list[int]]]:
-    """(tokens, 1 where an assistant speaks)"""
-    encoded = tokenizer.apply_chat_template(
-        [chat["messages"] for chat in chats], return_dict=True, return_assistant_tokens_mask=True
-    )
-    return list(zip(encoded["input_ids"], encoded["assistant_masks"], strict=True))
-
-
-def pack(chats, length: int):
-    """Whole chats into rows of `length`, first come first served."""
-    rows, ids, labels, positions = [], [], [], []
-    WEIGHT_ALL = os.environ.get("LLM_ALL", "0") == "1"
-    for tokens, spoken in chats:
-        if len(ids) + len(tokens) > length:
-            rows.append((ids, labels, positions))
-            ids, labels, positions = [], [], []
-        ids = ids + tokens
-        lab = [token if (said or WEIGHT_ALL) else -100 for token, said in zip(tokens, spoken, strict=True)]
-        lab[0] = -100
-        labels = labels + lab
-        positions = positions + list(range(len(tokens)))
-    def full(part, value):
-        return torch.tensor([row + [value] * (length - len(row)) for row in part])
-    a, b, c = zip(*rows, strict=True)
-    return full(a, 0), full(b, -100), full(c, 0)
-
-
-def train_llm(data: Path, out: Path, steps: int, rows: int, length: int, rate: float, width: int, layers: int):
+def train_llm(data: Path, out: Path, steps: int) -> Report:
+    """Learn to answer from a scene told in words, where a picture's tokens will stand later."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(out / "llm")
-    model = build_llm(tokenizer, width, layers)
-    t = time.perf_counter()
-    ids, labels, positions = pack(encode_chats(tokenizer, read_lines(data / "texts.jsonl")), length)
-    print("llm params", sum(p.numel() for p in model.parameters()), "rows", ids.shape, "encode", time.perf_counter() - t, "fill", (positions>0).float().mean())
-    order = endless_order(len(ids), torch.Generator().manual_seed(0))
+    input_ids, labels, position_ids = pack(encode(tokenizer, read_lines(data / "texts.jsonl")), length=256)
+    model = build_llm(tokenizer).train()
+    order = batches(len(input_ids), batch=16)
 
-    def step_loss() -> Tensor:
-        chosen = [next(order) for _ in range(rows)]
-        return model(
-            input_ids=ids[chosen], labels=labels[chosen], position_ids=positions[chosen], use_cache=False
-        ).loss
+    def next_loss() -> Tensor:
+        rows = next(order)
+        # No mask and no cache: positions that restart are how transformers keeps packed chats apart.
+        inputs = {"input_ids": input_ids[rows], "position_ids": position_ids[rows], "labels": labels[rows]}
+        return model(**inputs, use_cache=False).loss
 
-    report = fit(model.train(), step_loss, steps, rate, "llm")
+    report = fit(model, next_loss, steps, "llm")
     model.save_pretrained(out / "llm")
     return report
 
 
-# ----------------------------------------------------------------------------------- clip
-
-
-def load_pixels(data: Path, paths: list[str]) -> Tensor:
-    return torch.from_numpy(np.stack([np.asarray(Image.open(data / path)) for path in paths])).permute(0, 3, 1, 2)
-
-
-def build_clip(tokenizer, width, layers, text_width, text_layers) -> CLIPModel:
+def build_llm(
+    tokenizer: PreTrainedTokenizerFast, width: int = 128, layers: int = 2, heads: int = 4
+) -> Qwen3ForCausalLM:
+    """Two layers: one to gather what is asked, one to look it up. More of them learn it later, not better."""
     torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        head_dim=width // heads,
+        max_position_embeddings=1024,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return Qwen3ForCausalLM(config)
+
+
+Chat = tuple[list[int], list[int]]
+"""Token ids, and their labels: the assistant's words and the end of its turn."""
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, chats: list[dict[str, Any]]) -> Iterator[Chat]:
+    encoded = tokenizer.apply_chat_template(
+        [chat["messages"] for chat in chats], return_dict=True, return_assistant_tokens_mask=True
+    )
+    for tokens, spoken in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True):
+        yield tokens, [token if said else IGNORE_INDEX for token, said in zip(tokens, spoken, strict=True)]
+
+
+def pack(chats: Iterator[Chat], length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Whole chats side by side, first come first served: input_ids, labels, position_ids [B, length]."""
+    rows: list[list[Chat]] = [[]]
+    used = 0
+    for chat in chats:
+        if used + len(chat[0]) > length:
+            rows.append([])
+            used = 0
+        rows[-1].append(chat)
+        used += len(chat[0])
+    input_ids = [[token for tokens, _ in row for token in tokens] for row in rows]
+    labels = [[label for _, row_labels in row for label in row_labels] for row in rows]
+    positions = [[position for tokens, _ in row for position in range(len(tokens))] for row in rows]
+    return fill(input_ids, 0, length), fill(labels, IGNORE_INDEX, length), fill(positions, 0, length)
+
+
+def fill(rows: list[list[int]], value: int, length: int) -> Tensor:
+    return torch.tensor([row + [value] * (length - len(row)) for row in rows])
+
+
+# -------------------------------------------------------------------------------------- vision encoder
+
+
+def train_clip(data: Path, out: Path, steps: int) -> Report:
+    """Learn which short captions fit which picture."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(out / "llm")
+    lines = read_lines(data / "captions.jsonl")
+    pixels = load_pixels([data / line["image"] for line in lines])
+    processor = fit_processor(pixels)
+    captions, fits = caption_table([line["phrases"] for line in lines])
+    colourless = torch.tensor([not COLOURS.intersection(caption.split()) for caption in captions])  # [U]
+    tokens = tokenizer([BEGIN + caption + END for caption in captions], padding=True, return_tensors="pt").input_ids
+    model = build_clip(tokenizer).train()
+    order = batches(len(lines), batch=128)
+    generator = torch.Generator().manual_seed(1)
+
+    def next_loss() -> Tensor:
+        chosen = next(order)
+        grey = torch.rand(len(chosen), generator=generator) < GREY_SHARE  # [N]
+        may_say = fits[chosen] & (colourless | ~grey[:, None])  # [N, U]
+        asked = torch.multinomial(may_say.float(), 6, replacement=True, generator=generator).unique()
+        images = pixels[chosen] / 255
+        images = torch.where(grey[:, None, None, None], images.mean(1, keepdim=True), images)
+        logits = model(input_ids=tokens[asked], pixel_values=normalise(images, processor)).logits_per_image
+        unknowable = grey[:, None] & ~colourless[asked]  # [N, asked]
+        return contrast(logits.masked_fill(unknowable, -1e4), may_say[:, asked].float())
+
+    report = fit(model, next_loss, steps, "vision encoder")
+    for part in (model, processor, tokenizer):
+        part.save_pretrained(out / "vision_encoder")
+    return report
+
+
+def build_clip(tokenizer: PreTrainedTokenizerFast, width: int = 128, text_width: int = 64) -> CLIPModel:
+    torch.manual_seed(0)
+    vision = {"image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE, "num_hidden_layers": 4}
+    text = {"vocab_size": len(tokenizer), "max_position_embeddings": 48, "num_hidden_layers": 1}
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     return CLIPModel(
         CLIPConfig(
-            vision_config=dict(
-                image_size=IMAGE_SIZE, patch_size=PATCH_SIZE, hidden_size=width, intermediate_size=4 * width,
-                num_hidden_layers=layers, num_attention_heads=width // 32, projection_dim=width,
-            ),
-            text_config=dict(
-                vocab_size=len(tokenizer), hidden_size=text_width, intermediate_size=4 * text_width,
-                num_hidden_layers=text_layers, num_attention_heads=text_width // 32, max_position_embeddings=48,
-                bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id, projection_dim=width,
-            ),
+            vision_config=vision | tower(width, projection=width),
+            text_config=text | ends | tower(text_width, projection=width),
             projection_dim=width,
         )
     )
 
 
-def train_clip(data: Path, out: Path, steps: int, batch: int, rate: float, width: int, layers: int, text_width: int, text_layers: int):
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(out / "llm")
-    lines = read_lines(data / "captions.jsonl")
-    t = time.perf_counter()
-    pixels = load_pixels(data, [line["image"] for line in lines])
-    scale = pixels.float() / 255
-    mean, std = scale.mean((0, 2, 3)), scale.std((0, 2, 3))
-    CLIPImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size=IMAGE_SIZE, image_mean=mean.tolist(), image_std=std.tolist()).save_pretrained(out / "vision_encoder")
-    per = len(lines[0]["captions"])
-    texts = [BEGIN + c + END for line in lines for c in line["captions"]]
-    tokens = tokenizer(texts, padding=True, return_tensors="pt")["input_ids"].view(len(lines), per, -1)
-    model = build_clip(tokenizer, width, layers, text_width, text_layers)
-    print("clip params", sum(p.numel() for p in model.vision_model.parameters()), sum(p.numel() for p in model.text_model.parameters()), tokens.shape, time.perf_counter() - t, mean, std)
-    order = endless_order(len(lines), torch.Generator().manual_seed(0))
-    draw = torch.Generator().manual_seed(1)
+def tower(width: int, projection: int) -> dict[str, int]:
+    return {
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_attention_heads": 4,
+        "projection_dim": projection,
+    }
 
-    def step_loss() -> Tensor:
-        chosen = torch.tensor([next(order) for _ in range(batch)])
-        which = torch.randint(per, (batch,), generator=draw)
-        ids = tokens[chosen, which]
-        ids = ids[:, : int((ids != tokenizer.pad_token_id).sum(1).max())]
-        images = (pixels[chosen].float() / 255 - mean[:, None, None]) / std[:, None, None]
-        output = model(input_ids=ids, pixel_values=images)
-        same = F.cross_entropy(output.logits_per_image, torch.arange(batch)), F.cross_entropy(output.logits_per_text, torch.arange(batch))
-        return sum(same) / 2
 
-    report = fit(model.train(), step_loss, steps, rate, "vision encoder")
-    model.save_pretrained(out / "vision_encoder")
-    tokenizer.save_pretrained(out / "vision_encoder")
-    return report
+def load_pixels(paths: list[Path]) -> Tensor:
+    """All pictures at once, uint8 [N, 3, H, W]: decoding them again in each epoch would cost more than a step."""
+    return torch.from_numpy(np.stack([np.asarray(Image.open(path)) for path in paths])).permute(0, 3, 1, 2)
 
-def main(data: Path, out: Path, only: Literal["tok", "llm", "clip"], steps: int = 300, batch: int = 128, rate: float = 1e-3, width: int = 128, layers: int = 4, length: int = 512, rows: int = 8, text_width: int = 64, text_layers: int = 2):
-    torch.set_num_threads(1)
-    if only == "tok":
-        texts = [m["content"] for chat in read_lines(data / "texts.jsonl")[:4000] for m in chat["messages"]]
-        tok = train_tokenizer(texts)
-        tok.save_pretrained(out / "llm")
-        print(tok.tokenize("a large red triangle at the top left and an orange circle\nWhat colour is it? red triangle"), len(tok))
-        print(tok.apply_chat_template([{"role":"user","content":"hi there"}], add_generation_prompt=True, tokenize=False))
-    if only == "llm":
-        print(train_llm(data, out, steps, rows, length, rate, width, layers))
-    if only == "clip":
-        print(train_clip(data, out, steps, batch, rate, width, layers, text_width, text_layers))
+
+def fit_processor(pixels: Tensor) -> CLIPImageProcessor:
+    """The image processor of these pictures: their size, their mean and spread."""
+    shares = pixels.float() / 255
+    return CLIPImageProcessor(
+        size={"shortest_edge": IMAGE_SIZE},
+        crop_size=IMAGE_SIZE,
+        image_mean=shares.mean((0, 2, 3)).tolist(),
+        image_std=shares.std((0, 2, 3)).tolist(),
+    )
+
+
+def normalise(images: Tensor, processor: CLIPImageProcessor) -> Tensor:
+    mean, spread = torch.tensor(processor.image_mean), torch.tensor(processor.image_std)
+    return (images - mean[:, None, None]) / spread[:, None, None]
+
+
+def caption_table(captions: list[list[str]]) -> tuple[list[str], Tensor]:
+    """All different captions [U], and which of them fit which image [N, U] bool."""
+    different = sorted({caption for some in captions for caption in some})
+    number = {caption: index for index, caption in enumerate(different)}
+    fits = torch.zeros(len(captions), len(different), dtype=torch.bool)
+    for image, some in enumerate(captions):
+        fits[image, [number[caption] for caption in some]] = True
+    return different, fits
+
+
+def contrast(logits: Tensor, fits: Tensor) -> Tensor:
+    """CLIP's symmetric loss where several captions may fit an image, and several images a caption [N, U].
+
+    Its targets share 1 among all that fit: a caption that happens to fit another image too is no false negative.
+    """
+    to_captions = -(fits / fits.sum(1, keepdim=True).clamp(min=1) * logits.log_softmax(1)).sum(1).mean()
+    to_images = -(fits / fits.sum(0, keepdim=True).clamp(min=1) * logits.log_softmax(0)).sum(0).mean()
+    return (to_captions + to_images) / 2
+
 
 if __name__ == "__main__":
     tyro.cli(main)

@@ -1,0 +1,134 @@
+"""The shapes data set keeps its promises: seeded, strictly held out, balanced, and with right answers.
+
+One small set is drawn for all tests; they read its files, as a training run would.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from PIL import Image
+
+SCRIPT = Path(__file__).parents[1] / "data_scripts" / "make_tiny.py"
+SIZES = {"images": 60, "held_out_images": 40, "texts": 80}
+
+
+def load_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_tiny", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules["make_tiny"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+make_tiny = load_script()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("shapes")
+    make_tiny.main(out, **SIZES)
+    return out
+
+
+def read(path: Path) -> Any:
+    text = path.read_text()
+    return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+
+
+def scenes_of(data: Path, split: str) -> list[list[Any]]:
+    scenes = read(data / "scenes.json")
+    return [[make_tiny.Thing(*thing) for thing in scene] for path, scene in scenes.items() if f"/{split}/" in path]
+
+
+def pairs_said(path: Path) -> set[tuple[str, str]]:
+    found = re.findall(rf"({'|'.join(make_tiny.COLOURS)}) ({'|'.join(make_tiny.OUTLINES)})\b", path.read_text())
+    return set(found)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_same_seed_draws_the_same_files(data: Path, tmp_path: Path) -> None:
+    make_tiny.main(tmp_path, **SIZES)
+    assert files_of(tmp_path) == files_of(data)
+
+
+def test_another_seed_draws_other_scenes(data: Path, tmp_path: Path) -> None:
+    make_tiny.main(tmp_path, **SIZES, seed=1)
+    assert read(tmp_path / "scenes.json") != read(data / "scenes.json")
+
+
+@pytest.mark.parametrize("file", ["captions.jsonl", "train.json", "plain.json", "texts.jsonl"])
+def test_held_out_pairs_are_never_said_outside_compositional(data: Path, file: str) -> None:
+    assert not pairs_said(data / file) & make_tiny.HELD_OUT
+
+
+@pytest.mark.parametrize("split", ["train", "plain"])
+def test_held_out_pairs_are_never_drawn_outside_compositional(data: Path, split: str) -> None:
+    assert not {thing.pair for scene in scenes_of(data, split) for thing in scene} & make_tiny.HELD_OUT
+
+
+def test_every_compositional_picture_holds_a_held_out_pair(data: Path) -> None:
+    assert all(any(thing.pair in make_tiny.HELD_OUT for thing in scene) for scene in scenes_of(data, "compositional"))
+
+
+def test_every_colour_and_shape_is_drawn_in_training(data: Path) -> None:
+    things = [thing for scene in scenes_of(data, "train") for thing in scene]
+    assert {thing.colour for thing in things} == set(make_tiny.COLOURS)
+    assert {thing.shape for thing in things} == set(make_tiny.OUTLINES)
+
+
+def test_pictures_are_64_by_64_rgb(data: Path) -> None:
+    for path in (data / "images").rglob("*.png"):
+        with Image.open(path) as picture:
+            assert (picture.size, picture.mode) == ((64, 64), "RGB")
+
+
+def test_no_two_things_share_a_quadrant(data: Path) -> None:
+    for split in ("train", "plain", "compositional"):
+        for scene in scenes_of(data, split):
+            assert len({thing.place for thing in scene}) == len(scene)
+
+
+def answered(scene: list[Any], question: str) -> str | None:
+    """The answer to an existence question or to the count of all, found again from the scene alone."""
+    if question == "How many shapes are there?":
+        return str(len(scene))
+    if asked := re.fullmatch(r"Is there an? (\w+) (\w+)\?", question):
+        return "yes" if any(thing.pair == asked.groups() for thing in scene) else "no"
+    return None
+
+
+@pytest.mark.parametrize("split", ["plain", "compositional"])
+def test_answers_agree_with_the_scene(data: Path, split: str) -> None:
+    scenes = read(data / "scenes.json")
+    checked = 0
+    for record in read(data / f"{split}.json"):
+        question, told = (turn["value"] for turn in record["conversations"])
+        scene = [make_tiny.Thing(*thing) for thing in scenes[record["image"]]]
+        expected = answered(scene, question.removeprefix("<image>\n"))
+        assert expected in (None, told)
+        checked += expected is not None
+    assert checked > 20
+
+
+@pytest.mark.parametrize("split", ["plain", "compositional"])
+def test_yes_and_no_are_balanced(data: Path, split: str) -> None:
+    told = Counter(record["conversations"][1]["value"] for record in read(data / f"{split}.json"))
+    assert 0.4 < told["yes"] / (told["yes"] + told["no"]) < 0.6
+
+
+@pytest.mark.parametrize("split", ["plain", "compositional"])
+def test_every_type_of_question_is_asked(data: Path, split: str) -> None:
+    assert {record["type"] for record in read(data / f"{split}.json")} == set(make_tiny.TYPES)
