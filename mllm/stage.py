@@ -66,7 +66,8 @@ def build_processor(config: RunConfig) -> Processor:
     visual_tokens = visual_tokens_per_image(parts)
     check_llm(parts)
     with named("tokenizer or image processor", f"{parts.llm} or {parts.vision_encoder}"):
-        return Processor.from_hub(parts.llm, parts.vision_encoder, visual_tokens, config.data.image_fit)
+        data = config.data
+        return Processor.from_hub(parts.llm, parts.vision_encoder, visual_tokens, data.image_fit, data.keep_images)
 
 
 def read_data(accelerator: Accelerator, config: RunConfig, processor: Processor) -> Index:

@@ -40,11 +40,14 @@ class Processor:
     image_fit: ImageFit = "native"
     """`native`: what the encoder's own image processor does (CLIP: shortest edge, centre crop). `pad`: first pad to a
     square with the mean colour, so that nothing is cut (LLaVA-1.5, second stage)."""
+    keep_images: int = 0
+    """Images, named by path, whose pixels are kept after the first time: for small sets that are seen many times."""
 
     def __post_init__(self) -> None:
         chat.ensure_template(self.tokenizer)
         if IMAGE_TOKEN not in self.tokenizer.get_vocab():
             self.tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+        self.kept: dict[str, Tensor] = {}
         self.image_token_id = self.tokenizer.get_vocab()[IMAGE_TOKEN]
         self.pixel_shape: tuple[int, int, int] = tuple(self.pixels([Image.new("RGB", (8, 8))]).shape[1:])  # type: ignore[assignment]
 
@@ -111,8 +114,18 @@ class Processor:
         """[n, 3, H, W] float32; n may be 0."""
         if not images:
             return torch.empty(0, *self.pixel_shape)
-        opened = [self.fit(open_image(image)) for image in images]
-        return torch.as_tensor(self.image_processor(images=opened, return_tensors="pt")["pixel_values"])
+        return torch.cat([self.image_pixels(image) for image in images])
+
+    def image_pixels(self, image: ImageSource) -> Tensor:
+        """[1, 3, H, W] float32, opened and processed, or kept from the last time."""
+        name = str(image) if isinstance(image, str | Path) else ""
+        if name in self.kept:
+            return self.kept[name]
+        opened = self.fit(open_image(image))
+        pixels = torch.as_tensor(self.image_processor(images=[opened], return_tensors="pt")["pixel_values"])
+        if name and len(self.kept) < self.keep_images:
+            self.kept[name] = pixels
+        return pixels
 
     def fit(self, image: Image.Image) -> Image.Image:
         """The image, padded to a square if `image_fit` says so."""
@@ -140,7 +153,12 @@ class Processor:
 
     @classmethod
     def from_hub(
-        cls, llm: str, vision_encoder: str, num_visual_tokens: int, image_fit: ImageFit = "native"
+        cls,
+        llm: str,
+        vision_encoder: str,
+        num_visual_tokens: int,
+        image_fit: ImageFit = "native",
+        keep_images: int = 0,
     ) -> Processor:
         """The LLM's tokenizer and the encoder's image processor, each by Hub id or folder."""
         from transformers import AutoImageProcessor, AutoTokenizer
@@ -150,4 +168,5 @@ class Processor:
             AutoImageProcessor.from_pretrained(vision_encoder),
             num_visual_tokens,
             image_fit,
+            keep_images,
         )

@@ -12,6 +12,9 @@ from pydantic import Field
 
 from mllm.models.connectors.linear import LinearConnector
 from mllm.models.connectors.mlp import MLPConnector
+from mllm.models.connectors.pixel_shuffle import PixelShuffleConnector
 from mllm.models.connectors.qformer import QFormerConnector
 
-ConnectorConfig = Annotated[LinearConnector | MLPConnector | QFormerConnector, Field(discriminator="type")]
+ConnectorConfig = Annotated[
+    LinearConnector | MLPConnector | PixelShuffleConnector | QFormerConnector, Field(discriminator="type")
+]

@@ -25,7 +25,12 @@ class MLPConnector(Connector):
     def build(self, encoder_width: int, llm_width: int, num_patches: int) -> nn.Module:
         if self.depth < 2:
             raise ValueError(f"an mlp connector of depth {self.depth}: use at least 2, or `type: linear`")
-        layers: list[nn.Module] = [nn.Linear(encoder_width, llm_width)]
-        for _ in range(self.depth - 1):
-            layers += [nn.GELU(), nn.Linear(llm_width, llm_width)]
-        return nn.Sequential(*layers)
+        return nn.Sequential(*linear_layers(encoder_width, llm_width, self.depth))
+
+
+def linear_layers(width_in: int, llm_width: int, depth: int) -> list[nn.Module]:
+    """`depth` linear layers, the first of them changing the width, with GELU between them."""
+    layers: list[nn.Module] = [nn.Linear(width_in, llm_width)]
+    for _ in range(depth - 1):
+        layers += [nn.GELU(), nn.Linear(llm_width, llm_width)]
+    return layers
