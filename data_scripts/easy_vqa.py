@@ -3,9 +3,10 @@
     python data_scripts/easy_vqa.py --source PATH/easy-vqa --out runs/easy_vqa/data
 
 Enters: the public data set (github.com/vzhou842/easy-VQA): `train/images/N.png` and `train/questions.json`, a list of
-[question, answer, image number]. Leaves, in `--out`: `train.json` (LLaVA conversations, one an image, all questions),
-`heldout.json` (one record a question, its `type` beside it), `captions.jsonl` (colour and shape as the training answers
-tell them) and `texts.jsonl` (the same questions about the caption instead of the picture: food for a small LLM).
+[question, answer, image number]. Leaves, in `--out`: `train.json` and `heldout.json` (LLaVA records, one a question,
+its `type` beside it: of several questions the earlier answers would give the later ones away), `captions.jsonl`
+(colour and shape as the training answers tell them) and `texts.jsonl` (the same questions about the caption instead
+of the picture: food for a small LLM).
 
 Images are held out whole: no question about a held-out picture is ever trained on.
 """
@@ -43,8 +44,8 @@ def main(source: Path, out: Path = Path("runs/easy_vqa/data"), held_out: int = 5
     if not link.exists():
         link.symlink_to((source / "train" / "images").resolve())
     held, trained = sorted(numbers[:held_out]), sorted(numbers[held_out:])
-    write_json(out / "heldout.json", [single(n, k, pair) for n in held for k, pair in enumerate(asked[n])])
-    write_json(out / "train.json", [conversation(n, asked[n]) for n in track(trained, "conversations")])
+    write_json(out / "heldout.json", records(held, asked, "heldout"))
+    write_json(out / "train.json", records(trained, asked, "train"))
     described = [(n, described_by(asked[n])) for n in trained]
     write_lines(out / "captions.jsonl", [captions(n, *seen) for n, seen in described if seen])
     write_lines(out / "texts.jsonl", [in_words(asked[n], *seen) for n, seen in described if seen])
@@ -70,21 +71,17 @@ def described_by(pairs: list[Pair]) -> tuple[str, str] | None:
     return (colour, shape) if colour and shape else None
 
 
-def conversation(number: int, pairs: list[Pair]) -> dict[str, Any]:
-    """One LLaVA record: every question about one picture."""
-    turns = []
-    for k, (question, answer) in enumerate(pairs):
-        turns += [
-            {"from": "human", "value": ("" if k else "<image>\n") + question},
-            {"from": "gpt", "value": answer},
-        ]
-    return {"id": f"train-{number}", "image": f"images/{number}.png", "conversations": turns}
+def records(numbers: list[int], asked: dict[int, list[Pair]], split: str) -> list[dict[str, Any]]:
+    """One LLaVA record for each question about each of these pictures."""
+    return [record(n, k, pair, split) for n in track(numbers, split) for k, pair in enumerate(asked[n])]
 
 
-def single(number: int, k: int, pair: Pair) -> dict[str, Any]:
-    """One LLaVA record with one question; its type is what is asked for."""
-    kind = "colour" if pair[1] in COLOURS else "shape" if pair[1] in SHAPES else "yes/no"
-    return {**conversation(number, [pair]), "id": f"heldout-{number}-{k}", "type": kind}
+def record(number: int, k: int, pair: Pair, split: str) -> dict[str, Any]:
+    """One LLaVA record; its type is what is asked for."""
+    question, answer = pair
+    turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+    kind = "colour" if answer in COLOURS else "shape" if answer in SHAPES else "yes/no"
+    return {"id": f"{split}-{number}-{k}", "image": f"images/{number}.png", "type": kind, "conversations": turns}
 
 
 def captions(number: int, colour: str, shape: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from mllm.data.loader import DataConfig
+from mllm.flags import lay_over, split_flags
 from mllm.models.build import ModelConfig
 from mllm.schema import Schema
 from mllm.train.loop import TrainConfig
@@ -56,13 +57,28 @@ def parse(argv: list[str] | None = None) -> RunConfig:
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", type=Path)
-    known, rest = first.parse_known_args(argv)
+    known, arguments = first.parse_known_args(argv)
     try:
-        options: dict[str, Any] = {"default": load_config(known.config)} if known.config else {}
-        config = tyro.cli(RunConfig, args=rest, use_underscores=True, config=(tyro.conf.AvoidSubcommands,), **options)
-        return validate(TypeAdapter(RunConfig).dump_python(config), "the command line")
+        raw = read_yaml(known.config) if known.config else {}
+        flags, rest = split_flags(arguments)
+        if any(path[0] == "model" for path, _ in flags) and not raw.get("model"):
+            raw["model"] = earlier_model(raw)
+        for path, value in flags:
+            lay_over(raw, path, value, Loader)
+        # without a YAML, `--help` and what is missing are tyro's to tell
+        source = " with ".join(str(part) for part in (known.config, "the flags") if part)
+        options: dict[str, Any] = {"default": validate(raw, source)} if raw else {}
+        return tyro.cli(RunConfig, args=rest, use_underscores=True, config=(tyro.conf.AvoidSubcommands,), **options)
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def earlier_model(raw: dict[str, Any]) -> dict[str, Any]:
+    """The model section that flags change where the YAML has none: the earlier stage's, if it names one."""
+    if not raw.get("init_from"):
+        return {}
+    return dict(read_yaml(stage_config(Path(raw["init_from"]))).get("model") or {})
 
 
 def load_config(path: Path) -> RunConfig:
@@ -71,13 +87,24 @@ def load_config(path: Path) -> RunConfig:
     Raises:
         ValueError: one line a mistake.
     """
+    return validate(read_yaml(path), str(path))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, unchecked.
+
+    Raises:
+        ValueError: there is no such file, or it holds no YAML mapping.
+    """
     if not Path(path).is_file():
         raise ValueError(f"no config file {path}")
     try:
         raw = yaml.load(Path(path).read_text(), Loader=Loader) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no YAML: {error}") from error
-    return validate(raw, str(path))
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} has mistakes:\n  expected sections (model, data, train), found {raw!r}")
+    return raw
 
 
 def validate(raw: Any, source: str) -> RunConfig:

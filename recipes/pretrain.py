@@ -8,6 +8,7 @@ Enters: a YAML and flags. Leaves: a stage folder, from which `recipes/finetune.p
 from mllm.config import parse
 from mllm.models.build import build_model
 from mllm.stage import build_processor, check_run, close_stage, open_stage, read_data, start, user_errors
+from mllm.train.checkpoint import load_stage
 from mllm.train.loop import fit
 from mllm.train.trainable import choose_trainable
 
@@ -18,6 +19,8 @@ def main() -> None:
 
     processor = build_processor(config)
     model = build_model(config.parts(), processor.image_token_id)
+    if config.init_from:
+        load_stage(model, config.init_from)
     choose_trainable(model, config.train.learning_rate, config.train.lora)
 
     index = read_data(accelerator, config, processor)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DEFAULT_TEMPLATE = (
+    "{{ bos_token }}"
     "{% for message in messages %}"
     "{% if message.role == 'user' %}USER: {{ message.content }}"
     "{% elif message.role == 'assistant' %}ASSISTANT: {{ message.content }}{{ eos_token }}"

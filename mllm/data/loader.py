@@ -18,7 +18,7 @@ from mllm.data.index import Index
 from mllm.data.packing import join
 from mllm.data.plan import Plan
 from mllm.data.processor import ImageFit, Processor
-from mllm.schema import Schema
+from mllm.schema import Fraction, NotNegativeInt, Positive, Schema
 from mllm.types import IGNORE_INDEX, Batch, Example, Sample
 
 
@@ -28,17 +28,17 @@ class DataConfig(Schema):
 
     sources: list[SourceConfig] = field(default_factory=list)
     """Files of records, each with its `format`."""
-    seq_length: int = 2048
+    seq_length: Positive = 2048
     """Tokens of a row; longer samples are cut, never through an image."""
     packing: bool = True
     """Several samples a row, isolated from each other; without it, one sample a row, padded to the longest."""
     image_fit: ImageFit = "native"
     """`native`: the encoder's own crop. `pad`: pad to a square with the mean colour first."""
-    num_workers: int = 2
+    num_workers: NotNegativeInt = 2
     """Processes that read and decode ahead; 0 does it in the training process."""
-    keep_images: int = 0
+    keep_images: NotNegativeInt = 0
     """Images whose pixels each worker keeps after the first time; for small sets that are seen many times."""
-    max_bad_share: float = 0.001
+    max_bad_share: Fraction = 0.001
     """Share of records that may be unusable before the run stops. They are named in quarantine.jsonl either way."""
 
 

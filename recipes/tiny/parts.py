@@ -48,7 +48,7 @@ IMAGE_SIZE = 64
 PATCH_SIZE = 16
 GREY_SHARE = 0.5
 """Pictures shown without colour, and told without it: only so is a shape learned apart from the colours it came in."""
-COLOURS = frozenset("red green blue yellow purple orange black pink brown gray teal".split())
+COLOURS = frozenset(["red", "green", "blue", "yellow", "purple", "orange", "black", "pink", "brown", "gray", "teal"])
 """Words that a colourless picture cannot bear out."""
 BEGIN, PAD, END = "<|begin|>", "<|pad|>", "<|end|>"
 ROLES = ["<|system|>", "<|user|>", "<|assistant|>"]
@@ -185,7 +185,7 @@ def train_llm(data: Path, out: Path, steps: int) -> Report:
 
 
 def build_llm(
-    tokenizer: PreTrainedTokenizerFast, width: int = 128, layers: int = 2, heads: int = 4
+    tokenizer: PreTrainedTokenizerFast, width: int = 128, layers: int = 2, heads: int = 8
 ) -> Qwen3ForCausalLM:
     """Two layers: one to gather what is asked, one to look it up. More of them learn it later, not better."""
     torch.manual_seed(0)
@@ -196,7 +196,7 @@ def build_llm(
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=heads,
-        head_dim=width // heads,
+        head_dim=32,
         max_position_embeddings=1024,
         initializer_range=0.8 / math.sqrt(width),  # the usual 0.02 suits a width in the thousands
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
@@ -286,7 +286,7 @@ def build_clip(tokenizer: PreTrainedTokenizerFast, width: int = 128, text_width:
         )
     )
     # the usual 0.02 drowns beside a patch: where something stands would be forgotten on the way up
-    nn.init.normal_(model.vision_model.embeddings.position_embedding.weight, std=0.3)
+    nn.init.normal_(model.vision_model.embeddings.position_embedding.weight, std=0.8)
     return model
 
 

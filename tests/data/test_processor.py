@@ -144,3 +144,14 @@ def test_pad_does_not_blow_a_long_image_up_to_its_square() -> None:
 def test_tiny_images_keep_their_channels(processor: Processor, size: tuple[int, int]) -> None:
     thin, square = (processor.pixels([Image.new("RGB", each, (255, 0, 0))]) for each in (size, (28, 28)))
     torch.testing.assert_close(thin, square)
+
+
+def test_kept_images_are_the_same_pixels_and_no_more_than_asked(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{i}.png" for i in range(3)]
+    for i, path in enumerate(paths):
+        picture(i).save(path)
+    fresh, keeping = make_processor(), make_processor()
+    keeping.keep_images = 2
+    for _ in range(2):
+        assert torch.equal(keeping.pixels(list(paths)), fresh.pixels(list(paths)))
+    assert list(keeping.kept) == [str(path) for path in paths[:2]]

@@ -163,3 +163,11 @@ def test_mlp_has_as_many_linear_layers_as_its_depth(depth: int) -> None:
 def test_mlp_of_depth_one_is_refused_with_the_alternative() -> None:
     with pytest.raises(ValueError, match="linear"):
         MLPConnector(depth=1).build(24, 32, 4)
+
+
+def test_pixel_shuffle_joins_the_patches_of_a_block_in_reading_order() -> None:
+    from mllm.models.connectors.pixel_shuffle import Shuffle
+
+    features = torch.arange(16.0).reshape(1, 16, 1)  # a grid of 4 x 4, each patch its own number
+    tokens = Shuffle(2)(features)
+    assert tokens[0].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
