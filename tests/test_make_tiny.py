@@ -105,8 +105,10 @@ def answered(scene: list[Any], question: str) -> str | None:
     """The answer to an existence question or to the count of all, found again from the scene alone."""
     if question == "How many shapes are there?":
         return str(len(scene))
-    if asked := re.fullmatch(r"Is there an? (\w+) (\w+)\?", question):
-        return "yes" if any(thing.pair == asked.groups() for thing in scene) else "no"
+    if asked := re.fullmatch(r"Is there an? (?:(\w+) )?(\w+)\?", question):
+        colour, shape = asked.groups()
+        fits = (colour in (None, thing.colour) and shape in ("shape", thing.shape) for thing in scene)
+        return "yes" if any(fits) else "no"
     return None
 
 

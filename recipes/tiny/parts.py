@@ -61,7 +61,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def main(data: Path, out: Path, clip_steps: int = 300, llm_steps: int = 270) -> None:
+def main(data: Path, out: Path, clip_steps: int = 300, llm_steps: int = 250) -> None:
     """Train both parts.
 
     Args:
@@ -286,7 +286,7 @@ def build_clip(tokenizer: PreTrainedTokenizerFast, width: int = 128, text_width:
         )
     )
     # the usual 0.02 drowns beside a patch: where something stands would be forgotten on the way up
-    nn.init.normal_(model.vision_model.embeddings.position_embedding.weight, std=0.8)
+    nn.init.normal_(model.vision_model.embeddings.position_embedding.weight, std=0.3)
     return model
 
 
