@@ -61,7 +61,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def main(data: Path, out: Path, clip_steps: int = 300, llm_steps: int = 250) -> None:
+def main(data: Path, out: Path, clip_steps: int = 300, llm_steps: int = 270) -> None:
     """Train both parts.
 
     Args:
@@ -169,9 +169,9 @@ def train_tokenizer(data: Path) -> PreTrainedTokenizerFast:
 def train_llm(data: Path, out: Path, steps: int) -> Report:
     """Learn to answer from a scene told in words, where a picture's tokens will stand later."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(out / "llm")
-    input_ids, labels, position_ids = pack(encode(tokenizer, read_lines(data / "texts.jsonl")), length=256)
+    input_ids, labels, position_ids = pack(encode(tokenizer, read_lines(data / "texts.jsonl")), length=128)
     model = build_llm(tokenizer).train()
-    order = batches(len(input_ids), batch=16)
+    order = batches(len(input_ids), batch=32)
 
     def next_loss() -> Tensor:
         rows = next(order)
@@ -286,7 +286,7 @@ def build_clip(tokenizer: PreTrainedTokenizerFast, width: int = 128, text_width:
         )
     )
     # the usual 0.02 drowns beside a patch: where something stands would be forgotten on the way up
-    nn.init.normal_(model.vision_model.embeddings.position_embedding.weight, std=0.3)
+    nn.init.normal_(model.vision_model.embeddings.position_embedding.weight, std=0.8)
     return model
 
 
