@@ -48,7 +48,7 @@ def main(source: Path, out: Path = Path("runs/easy_vqa/data"), held_out: int = 5
     write_json(out / "train.json", records(trained, asked, "train"))
     described = [(n, described_by(asked[n])) for n in trained]
     write_lines(out / "captions.jsonl", [captions(n, *seen) for n, seen in described if seen])
-    write_lines(out / "texts.jsonl", [in_words(asked[n], *seen) for n, seen in described if seen])
+    write_lines(out / "texts.jsonl", [in_words(pair, *seen) for n, seen in described if seen for pair in asked[n]])
     questions = sum(len(asked[n]) for n in held)
     print(f"{out}: {len(trained)} images to train on, {len(held)} held out with {questions} questions")
 
@@ -95,13 +95,11 @@ def captions(number: int, colour: str, shape: str) -> dict[str, Any]:
     }
 
 
-def in_words(pairs: list[Pair], colour: str, shape: str) -> dict[str, Any]:
-    """The conversation with the caption in the picture's place."""
-    messages = []
-    for k, (question, answer) in enumerate(pairs):
-        said = question if k else f"a {colour} {shape}\n{question}"
-        messages += [{"role": "user", "content": said}, {"role": "assistant", "content": answer}]
-    return {"messages": messages}
+def in_words(pair: Pair, colour: str, shape: str) -> dict[str, Any]:
+    """A question with the caption in the picture's place."""
+    question, answer = pair
+    asked = {"role": "user", "content": f"a {colour} {shape}\n{question}"}
+    return {"messages": [asked, {"role": "assistant", "content": answer}]}
 
 
 def write_json(path: Path, records: list[dict[str, Any]]) -> None:

@@ -36,8 +36,8 @@ class DataConfig(Schema):
     """`native`: the encoder's own crop. `pad`: pad to a square with the mean colour first."""
     num_workers: NotNegativeInt = 2
     """Processes that read and decode ahead; 0 does it in the training process."""
-    keep_images: NotNegativeInt = 0
-    """Images whose pixels each worker keeps after the first time; for small sets that are seen many times."""
+    keep_in_memory: bool = False
+    """Each worker keeps tokens and pixels after the first time; for small sets that are seen many times."""
     max_bad_share: Fraction = 0.001
     """Share of records that may be unusable before the run stops. They are named in quarantine.jsonl either way."""
 

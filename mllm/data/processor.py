@@ -40,14 +40,15 @@ class Processor:
     image_fit: ImageFit = "native"
     """`native`: what the encoder's own image processor does (CLIP: shortest edge, centre crop). `pad`: first pad to a
     square with the mean colour, so that nothing is cut (LLaVA-1.5, second stage)."""
-    keep_images: int = 0
-    """Images, named by path, whose pixels are kept after the first time: for small sets that are seen many times."""
+    keep: bool = False
+    """Keep the tokens of samples and the pixels of image files after the first time: for small sets seen many times."""
 
     def __post_init__(self) -> None:
         chat.ensure_template(self.tokenizer)
         if IMAGE_TOKEN not in self.tokenizer.get_vocab():
             self.tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
-        self.kept: dict[str, Tensor] = {}
+        self.kept_pixels: dict[str, Tensor] = {}
+        self.kept_tokens: dict[tuple[str, int | None], tuple[list[int], list[int]]] = {}
         self.image_token_id = self.tokenizer.get_vocab()[IMAGE_TOKEN]
         self.pixel_shape: tuple[int, int, int] = tuple(self.pixels([Image.new("RGB", (8, 8))]).shape[1:])  # type: ignore[assignment]
 
@@ -57,7 +58,10 @@ class Processor:
         Raises:
             ValueError: placeholders and images differ, an image is unreadable, nothing is left to learn.
         """
-        input_ids, labels = self.encode(sample, max_length)
+        named = (sample.id, max_length)
+        input_ids, labels = self.kept_tokens.get(named) or self.encode(sample, max_length)
+        if self.keep:
+            self.kept_tokens[named] = input_ids, labels
         return Example(sample.id, input_ids, labels, self.pixels(sample.images), sample.where)
 
     def encode(self, sample: Sample, max_length: int | None = None) -> tuple[list[int], list[int]]:
@@ -119,12 +123,12 @@ class Processor:
     def image_pixels(self, image: ImageSource) -> Tensor:
         """[1, 3, H, W] float32, opened and processed, or kept from the last time."""
         name = str(image) if isinstance(image, str | Path) else ""
-        if name in self.kept:
-            return self.kept[name]
+        if name in self.kept_pixels:
+            return self.kept_pixels[name]
         opened = self.fit(open_image(image))
         pixels = torch.as_tensor(self.image_processor(images=[opened], return_tensors="pt")["pixel_values"])
-        if name and len(self.kept) < self.keep_images:
-            self.kept[name] = pixels
+        if name and self.keep:
+            self.kept_pixels[name] = pixels
         return pixels
 
     def fit(self, image: Image.Image) -> Image.Image:
@@ -158,7 +162,7 @@ class Processor:
         vision_encoder: str,
         num_visual_tokens: int,
         image_fit: ImageFit = "native",
-        keep_images: int = 0,
+        keep: bool = False,
     ) -> Processor:
         """The LLM's tokenizer and the encoder's image processor, each by Hub id or folder."""
         from transformers import AutoImageProcessor, AutoTokenizer
@@ -168,5 +172,5 @@ class Processor:
             AutoImageProcessor.from_pretrained(vision_encoder),
             num_visual_tokens,
             image_fit,
-            keep_images,
+            keep,
         )

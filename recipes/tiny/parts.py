@@ -175,9 +175,12 @@ def train_llm(data: Path, out: Path, steps: int) -> Report:
 
     def next_loss() -> Tensor:
         rows = next(order)
-        # No mask and no cache: positions that restart are how transformers keeps packed chats apart.
-        inputs = {"input_ids": input_ids[rows], "position_ids": position_ids[rows], "labels": labels[rows]}
-        return model(**inputs, use_cache=False).loss
+        # no mask and no cache: positions that restart are how transformers keeps packed chats apart
+        inputs = {"input_ids": input_ids[rows], "position_ids": position_ids[rows]}
+        states = model.model(**inputs, use_cache=False).last_hidden_state  # [B, S, D]
+        following = labels[rows][:, 1:]
+        said = following != IGNORE_INDEX
+        return nn.functional.cross_entropy(model.lm_head(states[:, :-1][said]), following[said])
 
     report = fit(model, next_loss, steps, "llm")
     model.save_pretrained(out / "llm")

@@ -146,12 +146,19 @@ def test_tiny_images_keep_their_channels(processor: Processor, size: tuple[int, 
     torch.testing.assert_close(thin, square)
 
 
-def test_kept_images_are_the_same_pixels_and_no_more_than_asked(tmp_path: Path) -> None:
-    paths = [tmp_path / f"{i}.png" for i in range(3)]
-    for i, path in enumerate(paths):
-        picture(i).save(path)
+def test_kept_samples_are_the_same_tokens_and_pixels(tmp_path: Path) -> None:
+    samples = []
+    for i in range(3):
+        picture(i).save(tmp_path / f"{i}.png")
+        sample = make_sample(i)
+        sample.images = [tmp_path / f"{i}.png"]
+        samples.append(sample)
     fresh, keeping = make_processor(), make_processor()
-    keeping.keep_images = 2
+    keeping.keep = True
     for _ in range(2):
-        assert torch.equal(keeping.pixels(list(paths)), fresh.pixels(list(paths)))
-    assert list(keeping.kept) == [str(path) for path in paths[:2]]
+        for sample in samples:
+            one, other = keeping(sample), fresh(sample)
+            assert (one.input_ids, one.labels) == (other.input_ids, other.labels)
+            assert torch.equal(one.pixel_values, other.pixel_values)
+    assert len(keeping.kept_tokens) == len(keeping.kept_pixels) == 3
+    assert not fresh.kept_tokens

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import nn
 
@@ -55,7 +57,7 @@ def test_saved_and_loaded_state_continues_the_same_steps() -> None:
     one_step(model, optimizer, 1)
     other, other_optimizer = make(seed=5)
     other.load_state_dict(model.state_dict())
-    other_optimizer.load_state_dict(optimizer.state_dict())
+    other_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # as a file would: nothing shared
     one_step(model, optimizer, 2)
     one_step(other, other_optimizer, 2)
     torch.testing.assert_close(other.weight, model.weight, rtol=0, atol=0)
