@@ -19,7 +19,7 @@ import torch
 from mllm.types import IGNORE_INDEX, Example, Row
 
 BUFFER = 64
-"""Examples that may be chosen from. Twice as many gain nothing measurable and cost twice the time."""
+"""Examples that may be chosen from: enough to fill a row nearly always, few enough to search exactly."""
 
 
 def pack(lengths: Sequence[int], seq_length: int, buffer: int = BUFFER) -> list[list[int]]:

@@ -113,7 +113,7 @@ def fit(model: nn.Module, next_loss: Callable[[], Tensor], steps: int, title: st
 
 
 def make_optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the layers, which learns in a third of AdamW's steps; AdamW for all else."""
+    """Muon for the matrices inside the layers, which learns small models in fewer steps; AdamW for all else."""
     inner = {id(p) for name, p in model.named_parameters() if p.ndim == 2 and "layers." in name}
     matrices = [p for p in model.parameters() if id(p) in inner]
     others = [p for p in model.parameters() if id(p) not in inner]
@@ -190,7 +190,7 @@ def train_llm(data: Path, out: Path, steps: int) -> Report:
 def build_llm(
     tokenizer: PreTrainedTokenizerFast, width: int = 128, layers: int = 2, heads: int = 8
 ) -> Qwen3ForCausalLM:
-    """Two layers: one to gather what is asked, one to look it up. More of them learn it later, not better."""
+    """Two layers: one to gather what is asked, one to look it up. In as many steps, more of them learned less."""
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=len(tokenizer),
