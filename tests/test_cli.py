@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_processor, picture, write_llava
 
+from conftest import make_processor, picture, write_llava
 from mllm import cli
 from mllm.config import RunConfig, dump_config
 from mllm.generate import Assistant

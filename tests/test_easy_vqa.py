@@ -8,8 +8,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from conftest import picture
 
+from conftest import picture
 from mllm.data.formats.llava import read_llava
 
 ROOT = Path(__file__).parents[1]

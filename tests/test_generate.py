@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_model, make_processor, make_sample, picture
 
+from conftest import make_model, make_processor, make_sample, picture
 from mllm.data.collate import collate
 from mllm.data.packing import join
 from mllm.generate import Assistant, find_folder, newest_stage, stop_ids

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import make_model, make_processor, make_sample
 
+from conftest import make_model, make_processor, make_sample
 from mllm.data.collate import collate
 from mllm.data.packing import join
 from mllm.train.losses import NextToken, model_inputs

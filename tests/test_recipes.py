@@ -15,8 +15,8 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState
-from conftest import make_clip, make_llm, make_processor, make_tokenizer, write_llava
 
+from conftest import make_clip, make_llm, make_processor, make_tokenizer, write_llava
 from mllm.config import RunConfig, dump_config, load_config
 from mllm.generate import Assistant
 from mllm.models.build import ModelConfig, build_model

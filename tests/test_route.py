@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model, make_processor, write_llava
 
+from conftest import make_model, make_processor, write_llava
 from mllm.data.collate import collate
 from mllm.data.formats.llava import LlavaSource
 from mllm.data.index import build_index

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from conftest import make_tokenizer
 from transformers import AddedToken, PreTrainedTokenizerFast
+
+from conftest import make_tokenizer
 
 
 @dataclass(frozen=True)

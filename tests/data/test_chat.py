@@ -5,14 +5,14 @@ from __future__ import annotations
 from itertools import groupby
 
 import pytest
-from conftest import make_tokenizer
-from families import CHATML, FAMILIES, GEMMA, IM, LLAMA2, MISTRAL, Family
-from shared_data import shared
 from tokenizers import ByteLevelBPETokenizer, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from conftest import make_tokenizer
+from families import CHATML, FAMILIES, GEMMA, IM, LLAMA2, MISTRAL, Family
 from mllm.data import chat
 from mllm.types import IGNORE_INDEX, Message
+from shared_data import shared
 
 TOKENIZERS = {name: family.tokenizer() for name, family in FAMILIES.items()}
 TOKENIZERS["none"].chat_template = chat.DEFAULT_TEMPLATE

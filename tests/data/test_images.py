@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import picture
 from PIL import Image
-from shared_data import shared
 
+from conftest import picture
 from mllm.data.images import MAX_BYTES, image_size, open_image
+from shared_data import shared
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 HOSTILE = 400

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_processor
 
+from conftest import make_processor
 from mllm.data.formats.llava import LlavaSource
 from mllm.data.index import Index, build_index
 from mllm.data.loader import PlannedBatches, Share, batches

@@ -6,10 +6,10 @@ from itertools import combinations
 
 import pytest
 import torch
-from conftest import make_sample
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conftest import make_sample
 from mllm.data.packing import best_subset, join, pack
 from mllm.data.processor import Processor
 from mllm.types import IGNORE_INDEX

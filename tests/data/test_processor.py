@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_processor, make_sample, picture
 from PIL import Image
 
+from conftest import make_processor, make_sample, picture
 from mllm.data.processor import LARGEST_SIDE, Processor
 from mllm.types import IGNORE_INDEX, Mark, Message, Sample
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import make_llm
 from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig, GPT2Config, MambaConfig, OPTConfig
 
+from conftest import make_llm
 from mllm.models.attention import check_isolation
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}

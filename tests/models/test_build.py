@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_llm, make_processor
 from transformers import (
     AutoModelForCausalLM,
     CLIPModel,
@@ -20,6 +19,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from conftest import make_llm, make_processor
 from mllm.models.build import ModelConfig, build_model, visual_tokens_per_image
 from mllm.models.connectors import ConnectorConfig, LinearConnector, MLPConnector, QFormerConnector
 

@@ -11,11 +11,11 @@ from typing import Any, get_args
 import pytest
 import torch
 import yaml
-from conftest import make_model, make_processor, make_sample
 from pydantic import TypeAdapter
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from conftest import make_model, make_processor, make_sample
 from mllm.config import Loader
 from mllm.data.collate import collate
 from mllm.data.packing import join

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ENDS, make_llm, make_model, make_processor, make_sample, picture
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig
 
+from conftest import ENDS, make_llm, make_model, make_processor, make_sample, picture
 from mllm.data.collate import collate
 from mllm.data.packing import join
 from mllm.models.connectors import QFormerConnector

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from conftest import make_model, make_processor, write_llava
 
+from conftest import make_model, make_processor, write_llava
 from mllm.data.formats.llava import LlavaSource
 from mllm.data.index import build_index
 from mllm.data.loader import DataConfig

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_model, make_processor, write_llava
 
+from conftest import make_model, make_processor, write_llava
 from mllm.models.connectors import LinearConnector, QFormerConnector
 from mllm.models.multimodal import MultimodalLM
 from mllm.train.checkpoint import (

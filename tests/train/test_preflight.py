@@ -6,9 +6,9 @@ import io
 from pathlib import Path
 
 import pytest
-from conftest import make_model, make_processor, write_llava
 from rich.console import Console
 
+from conftest import make_model, make_processor, write_llava
 from mllm.data.formats.llava import LlavaSource
 from mllm.data.index import Index, build_index
 from mllm.data.plan import Plan

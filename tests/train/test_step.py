@@ -10,9 +10,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from conftest import make_model, make_processor, make_sample
 from torch import multiprocessing
 
+from conftest import make_model, make_processor, make_sample
 from mllm.data.collate import collate
 from mllm.data.packing import join
 from mllm.train.losses import NextToken

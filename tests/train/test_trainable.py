@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_model, write_llava
 from peft import PeftModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from conftest import make_model, write_llava
 from mllm.train.loop import NextToken
 from mllm.train.trainable import (
     LearningRates,
