@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mllm.config import load_config, stage_config
 from mllm.data import chat
+from mllm.data.collate import stack_pixels
 from mllm.data.processor import Processor
 from mllm.models.build import build_model
 from mllm.models.multimodal import MultimodalLM
@@ -27,7 +28,9 @@ class Assistant:
     """A loaded model with its processor."""
 
     def __init__(self, model: MultimodalLM, processor: Processor) -> None:
+        """Raises a `ValueError` where the processor's pixels are not those that the encoder normalises."""
         self.model, self.processor = model.eval(), processor
+        check_normalisation(model, processor)
         self.device = next(model.connector.parameters()).device
         self.stop_ids = stop_ids(model, processor)
 
@@ -83,8 +86,7 @@ class Assistant:
         ids = torch.tensor([[0] * (longest - len(p.input_ids)) + p.input_ids for p in prompts], device=self.device)
         mask = torch.tensor([[0] * (longest - len(p.input_ids)) + [1] * len(p.input_ids) for p in prompts])
         num_images = sum(len(prompt.pixel_values) for prompt in prompts)
-        blank = [] if num_images else [torch.zeros(1, *self.processor.pixel_shape)]
-        pixels = torch.cat([prompt.pixel_values for prompt in prompts] + blank).to(self.device)
+        pixels = stack_pixels([prompt.pixel_values for prompt in prompts], self.processor.pixel_shape).to(self.device)
         embeddings = self.model.embed(ids, self.model.visual_tokens(pixels), num_images)  # [B, S, D]
         return {"inputs_embeds": embeddings, "attention_mask": mask.to(self.device)}
 
@@ -101,6 +103,16 @@ class Assistant:
         """The words before the first end mark."""
         end = next((i for i, token in enumerate(tokens) if token in self.stop_ids), len(tokens))
         return str(self.processor.tokenizer.decode(tokens[:end], skip_special_tokens=True)).strip()
+
+
+def check_normalisation(model: MultimodalLM, processor: Processor) -> None:
+    """The processor was saved with the stage, the encoder comes from the Hub: do they still mean the same pixels?"""
+    ours, theirs = processor.normalisation, model.vision_encoder.normalisation
+    if ours is not None and ours != theirs:
+        raise ValueError(
+            f"the stage was trained on pixels normalised by {ours}, its vision encoder's preprocessor_config.json now "
+            f"says {theirs}: restore that file, or pin the revision that it had"
+        )
 
 
 def stop_ids(model: MultimodalLM, processor: Processor) -> list[int]:

@@ -7,6 +7,7 @@ end the stage folder. The recipes call these in order and read as a contents pag
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import sys
 from collections.abc import Iterator
@@ -18,12 +19,15 @@ from rich.console import Console
 
 from mllm.config import RunConfig, dump_config
 from mllm.data.index import Index, build_index
+from mllm.data.index_store import default_folder
+from mllm.data.plan import Plan
 from mllm.data.processor import Processor
 from mllm.models.attention import check_isolation
 from mllm.models.build import check_llm, named, visual_tokens_per_image
 from mllm.models.multimodal import MultimodalLM
 from mllm.quiet import quiet_libraries
 from mllm.train.checkpoint import FINISHED, checkpoints, save_stage
+from mllm.train.ledger import Quarantine, sentence
 from mllm.train.loop import deal, make_plan, num_steps
 from mllm.train.preflight import preflight
 
@@ -41,6 +45,7 @@ WRITTEN = (
     "metrics.jsonl",
     "loss.png",
     "quarantine.jsonl",
+    "ledger.json",
 )
 """All that a stage writes: what --overwrite removes, and nothing else."""
 
@@ -71,22 +76,39 @@ def build_processor(config: RunConfig) -> Processor:
 
 
 def read_data(accelerator: Accelerator, config: RunConfig, processor: Processor) -> Index:
-    """The index of all sources; every record that cannot be used is known from here on."""
-    if not config.data.sources:
+    """The index of all sources; every record that cannot be used is known from here on. One process of each machine
+    measures what is new, the others read what it wrote."""
+    data = config.data
+    if not data.sources:
         raise ValueError("no data: list at least one source under data.sources")
-    return build_index(config.data.sources, processor, config.data.seq_length, accelerator.is_main_process)
+    folder = data.index_dir or default_folder()
+    with accelerator.local_main_process_first():
+        workers = data.num_workers * accelerator.num_processes if accelerator.is_local_main_process else 0
+        return build_index(
+            data.sources, processor, data.seq_length, workers, folder, progress=accelerator.is_main_process
+        )
+
+
+def plan_run(config: RunConfig, index: Index) -> Plan:
+    """Which samples come in which step; stop where too many of them are bad."""
+    index.check(config.data.max_bad_share)
+    return make_plan(index, config.data, config.train, config.resume)
 
 
 def check_run(
-    accelerator: Accelerator, config: RunConfig, model: MultimodalLM, processor: Processor, index: Index
+    accelerator: Accelerator,
+    config: RunConfig,
+    model: MultimodalLM,
+    processor: Processor,
+    index: Index,
+    plan: Plan,
 ) -> None:
     """Tell the run before its first step; stop it where data or labels are wrong."""
-    index.check(config.data.max_bad_share)
     if config.data.packing:
         check_isolation(model.llm)
-    plan = make_plan(index, config.data, config.train)
     deal(accelerator, index, plan, processor, config.train)
-    steps = num_steps(plan, config.train)
+    with console(accelerator).status("counting the steps"):
+        steps = num_steps(plan, config.train)
     preflight(console(accelerator), model, config.train.learning_rate, index, plan, processor, steps)
 
 
@@ -99,7 +121,7 @@ def open_stage(accelerator: Accelerator, config: RunConfig, index: Index) -> Non
         folder.mkdir(parents=True, exist_ok=True)
         (folder / FINISHED).unlink(missing_ok=True)
         (folder / "config.yaml").write_text(dump_config(config))
-        index.check(config.data.max_bad_share, quarantine=folder / "quarantine.jsonl")
+        Quarantine(folder).add(index.faults)
     accelerator.wait_for_everyone()
 
 
@@ -107,7 +129,8 @@ def close_stage(accelerator: Accelerator, config: RunConfig, model: MultimodalLM
     """Write the stage folder."""
     if accelerator.is_main_process:
         save_stage(config.train.output_dir, model, processor, dump_config(config))
-        console(accelerator).print(f"[bold green]finished[/]: {config.train.output_dir}")
+        ledger = json.loads((config.train.output_dir / "ledger.json").read_text())
+        console(accelerator).print(f"samples: {sentence(ledger)}\n[bold green]finished[/]: {config.train.output_dir}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

@@ -10,7 +10,7 @@ pixels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -20,14 +20,50 @@ if TYPE_CHECKING:
     import PIL.Image
     from torch import Tensor
 
-ImageSource: TypeAlias = "str | Path | bytes | PIL.Image.Image"
-"""What an image may be named by: a path, a URL or data URI, the file's bytes, the picture itself."""
+ImageSource: TypeAlias = "str | Path | bytes | PIL.Image.Image | Mapping[str, Any]"
+"""What an image may be named by: a path, a URL or data URI, `ARCHIVE.zip::MEMBER`, the file's bytes, the picture
+itself, a mapping of `bytes` and `path`."""
 
 IGNORE_INDEX = -100
 """A label that carries no loss. Labels are never shifted in data: the loss shifts."""
 
 IMAGE_TOKEN = "<image>"
 """One placeholder an image in text; the processor makes it V placeholders wide, the model overwrites them."""
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """What makes float32 of uint8 pixels: (pixel * scale - mean) / std, with a mean and std for each channel.
+
+    The data side leaves it to the device that runs the encoder. In the order in which transformers' image processors
+    compute, so that the result is theirs.
+    """
+
+    scale: float
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @classmethod
+    def of(cls, image_processor: Any) -> Normalisation:
+        """That of an image processor, which may leave out either step."""
+        scale = image_processor.rescale_factor if getattr(image_processor, "do_rescale", False) else 1.0
+        if not getattr(image_processor, "do_normalize", False):
+            return cls(float(scale), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+        return cls(float(scale), channels(image_processor.image_mean), channels(image_processor.image_std))
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """[N, 3, H, W] uint8 -> float32."""
+        normal = pixels.float()
+        for channel, (mean, std) in enumerate(zip(self.mean, self.std, strict=True)):
+            # plain numbers, no buffers: nothing casts them to bfloat16, and nothing waits for a copy to the device
+            normal[:, channel].mul_(self.scale).sub_(mean).div_(std)
+        return normal
+
+
+def channels(values: float | Sequence[float]) -> tuple[float, float, float]:
+    """One number a channel, where one may stand for all three."""
+    red, green, blue = values if isinstance(values, Sequence) else (values,) * 3
+    return float(red), float(green), float(blue)
 
 
 class Mark(Enum):
@@ -66,18 +102,42 @@ class Sample:
     """File and row, for every error that concerns this sample."""
     meta: Mapping[str, Any] = field(default_factory=dict)
     """What else the record held, e.g. the type of a question."""
+    variant: str = ""
+    """Which kind of caption this is, where a record holds several of which one is used an epoch."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why a record, or a sample of it, is not learned from."""
+
+    kind: str
+    """Its class: `record`, `image`, `text`, `length`, `changed` or `filtered`."""
+    id: str
+    """The sample's; empty where the record could not be read so far."""
+    where: str
+    """File and row."""
+    cause: str
+    number: int = -1
+    """The sample's number in the index; -1 where it has none, because the index left it out."""
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.cause}"
 
 
 @dataclass
 class Example:
-    """One sample as the model sees it: `input_ids` and `labels` [T], `pixel_values` [n, 3, H, W] (n may be 0)."""
+    """One sample as the model sees it: `input_ids` and `labels` [T], `pixel_values` [n, 3, H, W] (n may be 0).
+
+    Pixels are uint8 and await their `Normalisation` on the device; float32 only where the encoder's image processor
+    cannot be split so.
+    """
 
     id: str
     input_ids: list[int]
     labels: list[int]
     pixel_values: Tensor
     where: str = ""
-    fault: str = ""
+    fault: Fault | None = None
     """Why this is a hole: the sample could not be read, and its place carries no labels and no image."""
 
 
@@ -91,7 +151,7 @@ class Row:
     pixel_values: Tensor
     sample_ids: list[str]
     where: list[str]
-    faults: list[str] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
 
 
 class Batch(TypedDict):
@@ -103,8 +163,8 @@ class Batch(TypedDict):
     input_ids: Tensor  # [B, S] int64
     labels: Tensor  # [B, S] int64, IGNORE_INDEX where no loss
     position_ids: Tensor  # [B, S] int64, 0 at each sample's first token
-    pixel_values: Tensor  # [max(N, 1), 3, H, W] float
+    pixel_values: Tensor  # [max(N, 1), 3, H, W] uint8, to be normalised on the device; float is normalised already
     num_images: int  # N
     sample_ids: list[list[str]]  # per row, in order
     where: list[str]  # file and row of each sample
-    faults: list[str]  # samples that could not be read: each is a hole of its planned length, without labels
+    faults: list[Fault]  # samples that could not be read: each is a hole of its planned length, without labels

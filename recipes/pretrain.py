@@ -7,7 +7,7 @@ Enters: a YAML and flags. Leaves: a stage folder, from which `recipes/finetune.p
 
 from mllm.config import parse
 from mllm.models.build import build_model
-from mllm.stage import build_processor, check_run, close_stage, open_stage, read_data, start, user_errors
+from mllm.stage import build_processor, check_run, close_stage, open_stage, plan_run, read_data, start, user_errors
 from mllm.train.checkpoint import load_stage
 from mllm.train.loop import fit
 from mllm.train.trainable import choose_trainable
@@ -24,12 +24,13 @@ def main() -> None:
     choose_trainable(model, config.train.learning_rate, config.train.lora)
 
     index = read_data(accelerator, config, processor)
-    check_run(accelerator, config, model, processor, index)
+    plan = plan_run(config, index)
+    check_run(accelerator, config, model, processor, index, plan)
     if config.dry_run:
         return
 
     open_stage(accelerator, config, index)
-    fit(accelerator, model, processor, index, config.data, config.train, config.resume)
+    fit(accelerator, model, processor, index, plan, config.data, config.train, config.resume)
     close_stage(accelerator, config, model, processor)
 
 

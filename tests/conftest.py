@@ -32,7 +32,7 @@ from mllm.data.processor import Processor
 from mllm.models.connectors import MLPConnector
 from mllm.models.multimodal import MultimodalLM
 from mllm.models.vision_encoder import VisionEncoder
-from mllm.types import Mark, Message, Sample
+from mllm.types import Mark, Message, Normalisation, Sample
 
 IMAGE_SIZE, PATCH, VISUAL_TOKENS = 28, 14, 4
 ENDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -98,17 +98,20 @@ def make_clip(seed: int = 0) -> CLIPModel:
     )
 
 
-def make_processor(visual_tokens: int = VISUAL_TOKENS, chat_template: str | None = CHAT_TEMPLATE) -> Processor:
+def make_image_processor() -> CLIPImageProcessor:
     side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    image_processor = CLIPImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size=side)
-    return Processor(make_tokenizer(chat_template), image_processor, visual_tokens)
+    return CLIPImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size=side)
+
+
+def make_processor(visual_tokens: int = VISUAL_TOKENS, chat_template: str | None = CHAT_TEMPLATE) -> Processor:
+    return Processor(make_tokenizer(chat_template), make_image_processor(), visual_tokens)
 
 
 def make_model(
     family: str = "llama", attention: str = "sdpa", connector: object | None = None, seed: int = 0, **llm: object
 ) -> MultimodalLM:
     """All three parts, nothing frozen."""
-    encoder = VisionEncoder(make_clip(seed).vision_model)
+    encoder = VisionEncoder(make_clip(seed).vision_model, normalisation=Normalisation.of(make_image_processor()))
     torch.manual_seed(seed + 1)
     bridge = (connector or MLPConnector()).build(encoder.width, 32, encoder.num_patches)
     image_token_id = make_processor().image_token_id
@@ -130,6 +133,12 @@ def make_sample(seed: int = 0, num_images: int = 1, turns: int = 1, extra: str =
         messages.append(Message("assistant", [f"answer {seed * 7 + turn} {extra}"]))
     images = [picture(100 * seed + i) for i in range(num_images)]
     return Sample(f"sample-{seed}", messages, images, where=f"made.json, row {seed}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What runs keep for later runs stays out of the home, also of scripts that are started."""
+    os.environ["MLLM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")

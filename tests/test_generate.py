@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,13 @@ def test_teacher_forced_logits_of_a_packed_row_choose_the_answers_of_generation(
         logits = assistant.model.logits(assistant.model(**inputs))[0]
     end = len(other.input_ids) + len(prompt.input_ids)
     assert logits[end - len(found) - 1 : end - 1].argmax(-1).tolist() == found
+
+
+def test_encoder_that_normalises_otherwise_by_now_is_refused() -> None:
+    model = make_model()
+    model.vision_encoder.normalisation = replace(model.vision_encoder.normalisation, scale=1 / 127.5)
+    with pytest.raises(ValueError, match=r"preprocessor_config\.json now says"):
+        Assistant(model, make_processor())
 
 
 @pytest.mark.parametrize("name", ["no-such-model", "/no/such", "./no", "a/b/c", "no/such-model"])

@@ -18,6 +18,7 @@ from accelerate.state import AcceleratorState, GradientState
 
 from conftest import make_clip, make_llm, make_processor, make_tokenizer, write_llava
 from mllm.config import RunConfig, dump_config, load_config
+from mllm.data.formats.llava import LlavaSource
 from mllm.generate import Assistant
 from mllm.models.build import ModelConfig, build_model
 from mllm.train.checkpoint import save_stage
@@ -99,7 +100,15 @@ def lines(stage: Path) -> list[dict[str, Any]]:
 def test_two_stages_leave_whole_folders_and_finite_losses(trained: Path) -> None:
     for stage, steps, more in (("align", 3, {"checkpoints"}), ("instruct", 4, {"adapter"})):
         names = {path.name for path in (trained / stage).iterdir()}
-        assert names == {"config.yaml", "connector.safetensors", "processor", "metrics.jsonl", "loss.png", *more}
+        assert names == {
+            "config.yaml",
+            "connector.safetensors",
+            "processor",
+            "metrics.jsonl",
+            "loss.png",
+            "ledger.json",
+            *more,
+        }
         assert [line["step"] for line in lines(trained / stage)] == list(range(1, steps + 1))
         assert all(torch.isfinite(torch.tensor(line["loss"])) for line in lines(trained / stage))
 
@@ -212,6 +221,16 @@ def test_dry_run_writes_nothing(hub: Path, tmp_path: Path, capsys: Any) -> None:
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_dry_run_indexes_for_the_run_that_follows(hub: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    config = write_config(tmp_path, hub, write_llava(tmp_path), "align")
+    flags = ["--config", config, "--data.index_dir", tmp_path / "counts"]
+    assert in_process("pretrain", *flags, "--dry_run") == 0
+    (counts,) = (tmp_path / "counts").iterdir()
+    monkeypatch.setattr(LlavaSource, "scan", None)  # nobody may go through the file again
+    assert in_process("pretrain", *flags) == 0
+    assert list((tmp_path / "counts").iterdir()) == [counts]
+
+
 # ---------------------------------------------------------------- a user's mistakes
 
 
@@ -240,7 +259,9 @@ def test_allowed_share_of_bad_records_trains_and_names_them(hub: Path, tmp_path:
     config = write_config(tmp_path, hub, broken(write_llava(tmp_path), "missing"), "align")
     assert in_process("pretrain", "--config", config, "--data.max_bad_share", "0.2") == 0
     (line,) = (tmp_path / "align" / "quarantine.jsonl").read_text().splitlines()
-    assert "row 3" in json.loads(line)["fault"]
+    fault = json.loads(line)
+    assert fault["where"].endswith("data.json, row 3")
+    assert (fault["id"], fault["kind"]) == ("r3", "image")
 
 
 MISTAKES = {

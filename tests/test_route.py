@@ -39,20 +39,20 @@ def test_route_of_one_image_has_the_promised_shape_at_every_door(tmp_path: Path,
     # 2 processor: Sample -> Example, each placeholder V slots wide
     examples = [processor(sample) for sample in samples]
     for example in examples:
-        assert example.pixel_values.shape == (1, *PIXELS)
+        assert (example.pixel_values.dtype, example.pixel_values.shape) == (torch.uint8, (1, *PIXELS))
         assert len(example.input_ids) == len(example.labels)
         assert example.input_ids.count(processor.image_token_id) == V
         assert example.labels[0] == IGNORE_INDEX
 
     # 3 packing: Examples -> Row, positions restart at each
     index = build_index([source], processor, SEQ_LENGTH, progress=False)
-    assert index.lengths == [len(example.input_ids) for example in examples]
-    plan = Plan(index.lengths, SEQ_LENGTH, rows_per_step=2)
+    assert index.length.tolist() == [len(example.input_ids) for example in examples]
+    plan = Plan.from_lengths(index.length, SEQ_LENGTH, rows_per_step=2)
     groups = plan.rows(0)
     rows = [join([examples[i] for i in group], PIXELS) for group in groups]
     for row, group in zip(rows, groups, strict=True):
         assert (
-            row.input_ids.shape == row.labels.shape == row.position_ids.shape == (sum(index.lengths[i] for i in group),)
+            row.input_ids.shape == row.labels.shape == row.position_ids.shape == (sum(index.length[i] for i in group),)
         )
         assert int((row.position_ids == 0).sum()) == len(group)
         assert row.pixel_values.shape == (len(group), *PIXELS)
@@ -63,10 +63,10 @@ def test_route_of_one_image_has_the_promised_shape_at_every_door(tmp_path: Path,
     B, S, N = 2, max(len(row.input_ids) for row in rows), sum(map(len, groups))
     S += -S % 8
     assert batch["input_ids"].shape == batch["labels"].shape == batch["position_ids"].shape == (B, S)
-    assert batch["pixel_values"].shape == (N, *PIXELS)
+    assert (batch["pixel_values"].dtype, batch["pixel_values"].shape) == (torch.uint8, (N, *PIXELS))
     assert batch["num_images"] == N
 
-    # 5 vision encoder, frozen: pixels -> patch features
+    # 5 vision encoder, frozen: pixels, normalised here -> patch features
     model.vision_encoder.requires_grad_(False)
     features = model.vision_encoder(batch["pixel_values"])
     assert features.shape == (N, P, Dv)

@@ -21,18 +21,29 @@ MULTIPLE = 8
 
 def collate(rows: Sequence[Row], pixel_shape: tuple[int, int, int]) -> Batch:
     """Stack rows: tokens [B, S] int64, images [max(N, 1), 3, H, W] in order of appearance."""
-    pixel_values = torch.cat([row.pixel_values for row in rows])
-    num_images = len(pixel_values)
+    pixel_values = stack_pixels([row.pixel_values for row in rows], pixel_shape)
+    num_images = sum(len(row.pixel_values) for row in rows)
     return Batch(
         input_ids=stack([row.input_ids for row in rows], 0),
         labels=stack([row.labels for row in rows], IGNORE_INDEX),
         position_ids=stack([row.position_ids for row in rows], 0),
-        pixel_values=pixel_values if num_images else torch.zeros(1, *pixel_shape),
+        pixel_values=pixel_values,
         num_images=num_images,
         sample_ids=[row.sample_ids for row in rows],
         where=[where for row in rows for where in row.where],
         faults=[fault for row in rows for fault in row.faults],
     )
+
+
+def stack_pixels(parts: Sequence[Tensor], pixel_shape: tuple[int, int, int]) -> Tensor:
+    """[n_i, 3, H, W] each -> [max(N, 1), 3, H, W], a blank one if there is none.
+
+    Parts without an image do not count: an empty float one would make float32 of its neighbours' uint8, and float32
+    means that they are normalised.
+    """
+    shown = [part for part in parts if len(part)] or [parts[0].new_zeros(1, *pixel_shape)]
+    assert len({part.dtype for part in shown}) == 1, f"pixels of several types: {[part.dtype for part in shown]}"
+    return torch.cat(shown)
 
 
 def stack(tensors: list[Tensor], fill: int) -> Tensor:

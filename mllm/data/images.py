@@ -1,43 +1,63 @@
 """The one door through which pixels enter.
 
-Enters: a path, a URL, a data URI, bytes or a Pillow image, from whoever made it. Leaves: an upright RGB image with
-its pixels loaded, or one `ValueError` that names the image. Training, chat and evaluation all come through here, so
-that a photograph never has two orientations.
+Enters: an image by any of its names (see `image_files`) or a Pillow image. Leaves: an upright RGB image with its
+pixels loaded, or one `ValueError` that names the image. Training, chat and evaluation all come through here, so that
+a photograph never has two orientations.
 """
 
 from __future__ import annotations
 
-import base64
-import io
-import urllib.request
-from pathlib import Path
+import functools
+from contextlib import AbstractContextManager, nullcontext
+from typing import IO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, UnidentifiedImageError
 
+from mllm.data.image_files import describe, stream
 from mllm.types import ImageSource
 
-MAX_BYTES = 100 * 2**20
-"""Nobody trains on larger files; whoever sends one wants to fill the memory."""
-URL_SECONDS = 10
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000")
+"""What training sets hold. Pillow reads thirty more, some by starting another program, few of them ever attacked."""
+MAX_PIXELS = 89_478_485
+"""Pillow's own limit (a quarter of a GiB as RGB), at which it only warns; a few kilobytes may claim any size."""
 MAX_ASPECT = 200
 """Qwen2-VL's limit: an encoder that resizes the shortest edge makes gigabytes of a line one pixel thin."""
+ORIENTATION = 0x0112
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What undoes each EXIF orientation."""
 
 
-def open_image(source: ImageSource) -> Image.Image:
+def open_image(source: ImageSource, draft: int | None = None) -> Image.Image:
     """Decode, turn upright, flatten to RGB.
 
     Alpha is laid on white (dropping it would show what the author hid), 16-bit grey is scaled (Pillow alone
     saturates it), of an animation the first frame is taken. Truncated files and decompression bombs are errors.
 
+    `draft` is the least side that is wanted: a JPEG at least twice as large is decoded at a half, quarter or eighth,
+    several times faster, with pixels that differ slightly.
+
     Raises:
         ValueError: names the image and says what is wrong with it.
     """
+    # a library that switched this on would have us learn from grey where a part of the file is missing
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
-        if isinstance(source, Image.Image):
-            return flatten(ImageOps.exif_transpose(sound(source)))
-        with Image.open(stream(source)) as image:
-            return flatten(ImageOps.exif_transpose(sound(image)))
+        with opened(source) as image:
+            turn = UPRIGHT.get(orientation(image))
+            if draft and image is not source:
+                image.draft(None, (draft, draft))
+            image.load()
+            flat = flatten(sound(image))
+        return flat if turn is None else turned(flat, turn)
     except MemoryError:
         raise
     except Exception as error:  # broken files make Pillow raise far more than OSError
@@ -45,45 +65,79 @@ def open_image(source: ImageSource) -> Image.Image:
 
 
 def image_size(source: ImageSource) -> tuple[int, int]:
-    """Width and height in pixels from the header alone (upright or not: the eye of an index, not of a model)."""
+    """Width and height of the upright image, from the header alone."""
     try:
-        if isinstance(source, Image.Image):
-            return sound(source).size
-        with Image.open(stream(source)) as image:
-            return sound(image).size
+        with opened(source) as image:
+            return image.size[::-1] if orientation(image) >= 5 else image.size
     except Exception as error:
         raise ValueError(f"cannot read image {describe(source)}: {reason(error)}") from error
 
 
-def sound(image: Image.Image) -> Image.Image:
-    """The image itself, if its sides are such that a resize by the shortest one fits in memory."""
-    if min(image.size) == 0 or max(image.size) > MAX_ASPECT * min(image.size):
-        raise ValueError(f"{image.width} x {image.height} pixels: no side may be {MAX_ASPECT} times the other")
+def opened(source: ImageSource) -> AbstractContextManager[Image.Image]:
+    """The image as far as its header, which promises a size that we are willing to decode."""
+    if isinstance(source, Image.Image):
+        return nullcontext(sound(source))
+    image = Image.open(stream(source), formats=known_formats())
+    try:
+        sound(image)
+    except ValueError:
+        image.close()
+        raise
     return image
 
 
-def stream(source: str | Path | bytes) -> io.BytesIO | Path:
-    """A file to decode from: bytes in memory, or the path itself after a look at its size."""
-    if isinstance(source, bytes):
-        return io.BytesIO(limited(source))
-    text = str(source)
-    if text.startswith("data:"):
-        return io.BytesIO(limited(base64.b64decode(text.partition(",")[2], validate=True)))
-    if text.startswith(("http://", "https://")):
-        with urllib.request.urlopen(text, timeout=URL_SECONDS) as answer:
-            return io.BytesIO(limited(answer.read(MAX_BYTES + 1)))
-    path = Path(text)
-    if not path.is_file():
-        raise FileNotFoundError("no such file")
-    if path.stat().st_size > MAX_BYTES:
-        raise ValueError(f"{path.stat().st_size} bytes, more than {MAX_BYTES}")
-    return path
+@functools.cache
+def known_formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this build of Pillow has."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def limited(data: bytes) -> bytes:
-    if len(data) > MAX_BYTES:
-        raise ValueError(f"more than {MAX_BYTES} bytes")
-    return data
+def sound(image: Image.Image) -> Image.Image:
+    """The image itself, if it and a resize by its shortest edge fit in memory."""
+    width, height = image.size
+    if min(width, height) == 0 or max(width, height) > MAX_ASPECT * min(width, height):
+        raise ValueError(f"{width} x {height} pixels: no side may be {MAX_ASPECT} times the other")
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width} x {height} are more than {MAX_PIXELS} pixels")
+    return image
+
+
+def orientation(image: Image.Image) -> int:
+    """EXIF's word for how the camera was held, 1..8; 1 where there is none or it cannot be read."""
+    if image.format == "TIFF":  # Pillow turns these upright itself
+        return 1
+    if image.format == "PNG" and "exif" not in image.info:
+        image.info.update(late_exif(getattr(image, "fp", None)))
+    try:
+        # not a PNG's own, which decodes all pixels to see what stands behind them
+        found = Image.Image.getexif(image).get(ORIENTATION, 1)
+    except Exception:  # viewers show a photograph whose notes are damaged
+        return 1
+    return found if found in UPRIGHT else 1
+
+
+def late_exif(file: IO[bytes] | None) -> dict[str, bytes]:
+    """The EXIF chunk of a PNG that may stand behind the pixels: its chunks are walked, the pixels skipped."""
+    if file is None or file.closed:
+        return {}
+    before, found = file.tell(), {}
+    file.seek(8)
+    while len(head := file.read(8)) == 8 and head[4:] != b"IEND":
+        length = int.from_bytes(head[:4], "big")
+        if head[4:] == b"eXIf":
+            found["exif"] = b"Exif\0\0" + file.read(length)
+            break
+        file.seek(length + 4, 1)
+    file.seek(before)
+    return found
+
+
+def turned(image: Image.Image, turn: Image.Transpose) -> Image.Image:
+    """Upright, and without the note that says it is not."""
+    upright = image.transpose(turn)
+    upright.info.clear()
+    return upright
 
 
 def flatten(image: Image.Image) -> Image.Image:
@@ -92,28 +146,25 @@ def flatten(image: Image.Image) -> Image.Image:
         return to_eight_bits(image).convert("RGB")
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+        flat = Image.new("RGB", image.size, "white")
+        flat.paste(image, mask=image)
+        return flat
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def to_eight_bits(image: Image.Image) -> Image.Image:
-    """Grey with more than eight bits: 0..65535 for integers, 0..1 for floats that stay below one, else 0..255."""
-    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-    top = values.max(initial=0.0)
-    if image.mode == "F":
-        full = 1.0 if top <= 1.0 else 255.0
-    else:  # `I` holds 32 bits, and files of 8 or of 16 are read into it; `I;16` says what it is
-        full = 255.0 if image.mode == "I" and top <= 255 else 65535.0
-    return Image.fromarray(np.clip(values * (255.0 / full), 0, 255).astype(np.uint8))
-
-
-def describe(source: ImageSource) -> str:
-    """A short name for messages: a data URI or bytes are not printed whole."""
-    if isinstance(source, bytes):
-        return f"({len(source)} bytes)"
-    text = str(source)
-    return text[:60] if text.startswith("data:") else text[:500]
+    """Grey with more than eight bits: scaled by the first customary white that no pixel exceeds."""
+    values = np.nan_to_num(np.asarray(image).astype(np.float32), copy=False, posinf=0.0, neginf=0.0)
+    whites = {"F": (1.0, 255.0, 65535.0), "I": (255.0, 65535.0)}  # `I` holds 32 bits, and files of 8 or 16 in them
+    top = float(values.max())
+    white = next((white for white in whites.get(image.mode, (65535.0,)) if top <= white), top)
+    if (clear := image.info.get("transparency")) is not None:
+        values[values == clear] = white
+    values *= 255 / white
+    return Image.fromarray(np.rint(values, out=values).clip(0, 255, out=values).astype(np.uint8))
 
 
 def reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return f"not one of {', '.join(known_formats())}, or its header is damaged"
     return str(error)[:300] or type(error).__name__

@@ -1,13 +1,16 @@
 """Planned rows become batches, on any rank, in any worker.
 
-Enters: an index, a plan and this rank's place. Leaves: a `DataLoader` whose i-th item is the i-th micro-batch of this
-rank from the step on that is asked for. Nothing here draws a random number: item i is a function of i.
+Enters: an index, a plan and this rank's place. Leaves: the micro-batches of this rank from the step on that is asked
+for. The plan says which samples; here they are read, wherever they lie, and what cannot be read becomes a hole of its
+planned length. Nothing draws a random number.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -15,11 +18,12 @@ from torch.utils.data import DataLoader, Dataset
 from mllm.data.collate import collate
 from mllm.data.formats import SourceConfig
 from mllm.data.index import Index
+from mllm.data.mixture import MixtureConfig
 from mllm.data.packing import join
 from mllm.data.plan import Plan
 from mllm.data.processor import ImageFit, Processor
 from mllm.schema import Fraction, NotNegativeInt, Positive, Schema
-from mllm.types import IGNORE_INDEX, Batch, Example, Sample
+from mllm.types import IGNORE_INDEX, Batch, Example, Fault, Sample
 
 
 @dataclass
@@ -28,6 +32,8 @@ class DataConfig(Schema):
 
     sources: list[SourceConfig] = field(default_factory=list)
     """Files of records, each with its `format`."""
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
+    """How much of each source an epoch draws; every sample once where nothing is set."""
     seq_length: Positive = 2048
     """Tokens of a row; longer samples are cut, never through an image."""
     packing: bool = True
@@ -35,11 +41,14 @@ class DataConfig(Schema):
     image_fit: ImageFit = "native"
     """`native`: the encoder's own crop. `pad`: pad to a square with the mean colour first."""
     num_workers: NotNegativeInt = 2
-    """Processes that read and decode ahead; 0 does it in the training process."""
+    """Processes that read and decode ahead, and that index; 0 does it in the training process."""
     keep_in_memory: bool = False
-    """Each worker keeps tokens and pixels after the first time; for small sets that are seen many times."""
+    """Each worker keeps samples, tokens and pixels after the first time; for small sets that are seen many times."""
     max_bad_share: Fraction = 0.001
-    """Share of records that may be unusable before the run stops. They are named in quarantine.jsonl either way."""
+    """Share of samples that may be unusable before the run stops. They are named in quarantine.jsonl either way."""
+    index_dir: Path | None = None
+    """Where the counts of all files are kept, for every run that reads the same files; a folder in $MLLM_CACHE, or in
+    ~/.cache/mllm, where it is not set."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +62,12 @@ class Share:
 
 
 class PlannedBatches(Dataset[Batch]):
-    """Item i is this rank's i-th micro-batch since step 0."""
+    """The micro-batches of this rank. The process that trains plans (`items`); a worker gets rows of sample numbers
+    and needs the index alone to fill them."""
 
     def __init__(self, index: Index, plan: Plan, processor: Processor, share: Share) -> None:
         self.index, self.plan, self.processor, self.share = index, plan, processor, share
+        self.kept: dict[int, Sample] = {}
         self.accumulation = plan.rows_per_step // (share.rows * share.world_size)
         if self.accumulation * share.rows * share.world_size != plan.rows_per_step:
             raise ValueError(
@@ -64,40 +75,58 @@ class PlannedBatches(Dataset[Batch]):
                 f"{share.rows} rows_per_micro_batch: change one of them"
             )
 
-    def __getitem__(self, item: int) -> Batch:
-        step, micro = divmod(item, self.accumulation)
-        mine = self.plan.rows(step)[self.share.rank :: self.share.world_size]
-        rows = mine[micro * self.share.rows : (micro + 1) * self.share.rows]
+    def items(self, first_step: int, last_step: int) -> Iterator[list[list[int]]]:
+        """The rows of each micro-batch, step by step."""
+        for step in range(first_step, last_step):
+            mine = self.plan.rows(step)[self.share.rank :: self.share.world_size]
+            for start in range(0, len(mine), self.share.rows):
+                yield mine[start : start + self.share.rows]
+
+    def __getitem__(self, rows: list[list[int]]) -> Batch:
         shape = self.processor.pixel_shape
-        return collate([join([self.example(sample) for sample in row], shape) for row in rows], shape)
+        return collate([join([self.example(number) for number in row], shape) for row in rows], shape)
 
     def example(self, number: int) -> Example:
         """One sample, or a hole of its planned length if it cannot be read: the plan never shifts."""
-        sample, length = self.index.samples[number], self.index.lengths[number]
+        length, kind = int(self.index.length[number]), "record"
         try:
-            example = self.processor(sample, max_length=length)
+            sample = self.sample(number)
+            kind = "text"
+            input_ids, labels = self.processor.tokens(sample, self.index.max_length)
+            kind = "changed"
+            if len(input_ids) != length:
+                raise ValueError(f"{len(input_ids)} tokens, {length} when it was indexed: the file changed")
+            kind = "image"
+            return Example(sample.id, input_ids, labels, self.processor.pixels(sample.images), sample.where)
         except ValueError as error:
-            return hole(sample, length, str(error), torch.empty(0, *self.processor.pixel_shape))
-        assert len(example.input_ids) == length, (
-            f"{sample.where}: planned {length}, got {len(example.input_ids)} tokens"
-        )
-        return example
+            where = self.index.where(number)
+            fault = Fault(kind, self.index.id(number), where, str(error).removeprefix(f"{where}: "), number)
+            return hole(fault, length, self.processor.pixels([]))
+
+    def sample(self, number: int) -> Sample:
+        """Read from its place, or kept from the last time."""
+        if number in self.kept:
+            return self.kept[number]
+        sample = self.index.sample(number)
+        if self.processor.keep:
+            self.kept[number] = sample
+        return sample
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "plan": None, "kept": {}}
 
 
-def hole(sample: Sample, length: int, fault: str, no_pixels: torch.Tensor) -> Example:
+def hole(fault: Fault, length: int, no_pixels: torch.Tensor) -> Example:
     """Tokens without labels and without an image in the place of a sample that cannot be read."""
-    return Example(
-        sample.id, [0] * length, [IGNORE_INDEX] * length, no_pixels, sample.where, f"{sample.where}: {fault}"
-    )
+    return Example(fault.id, [0] * length, [IGNORE_INDEX] * length, no_pixels, fault.where, fault)
 
 
 def batches(dataset: PlannedBatches, first_step: int, last_step: int, num_workers: int) -> Iterator[Batch]:
     """The micro-batches of this rank from `first_step` up to, not including, `last_step`."""
-    items = range(first_step * dataset.accumulation, last_step * dataset.accumulation)
     loader = DataLoader(
         dataset,
         batch_size=None,
-        sampler=items,
+        sampler=dataset.items(first_step, last_step),
         num_workers=num_workers,
         persistent_workers=False,
         pin_memory=torch.cuda.is_available(),

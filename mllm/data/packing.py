@@ -6,13 +6,13 @@ Enters `pack`: lengths in tokens, in the order of the plan. Leaves: groups of po
 
 The rule: the oldest waiting example opens the row (nobody waits for ever), then the subset of the next `buffer`
 examples that fills the rest best is found exactly, as a subset sum on the bits of one integer. With lengths that
-vary, a buffer of 64 fills more than 99.5 % of every row.
+vary, a buffer of 64 fills more than 99.5 % of every row. An example is never cut, so neither is an image.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -20,9 +20,11 @@ from mllm.types import IGNORE_INDEX, Example, Row
 
 BUFFER = 64
 """Examples that may be chosen from: enough to fill a row nearly always, few enough to search exactly."""
+HORIZON = 256
+"""Places in the order of arrival that the buffer may span, hence the most that an example can be delayed by."""
 
 
-def pack(lengths: Sequence[int], seq_length: int, buffer: int = BUFFER) -> list[list[int]]:
+def pack(lengths: Iterable[int], seq_length: int, buffer: int = BUFFER) -> list[list[int]]:
     """Positions 0..len-1 in groups whose lengths sum to at most `seq_length`; each position in exactly one group.
 
     Raises:
@@ -31,47 +33,77 @@ def pack(lengths: Sequence[int], seq_length: int, buffer: int = BUFFER) -> list[
     return list(packs(lengths, seq_length, buffer))
 
 
-def packs(lengths: Sequence[int], seq_length: int, buffer: int = BUFFER) -> Iterator[list[int]]:
-    """The groups of `pack`, one at a time."""
-    waiting: deque[int] = deque()
-    following = iter(range(len(lengths)))
+def packs(lengths: Iterable[int], seq_length: int, buffer: int = BUFFER) -> Iterator[list[int]]:
+    """The groups of `pack`, one at a time; `lengths` may have no end, and no more of them are read than needed."""
+    packer, following, more = Packer(seq_length, buffer), iter(lengths), True
     while True:
-        for position in following:
-            if lengths[position] > seq_length:
-                raise ValueError(
-                    f"an example of {lengths[position]} tokens fits no row of {seq_length}: raise data.seq_length"
-                )
-            waiting.append(position)
-            if len(waiting) > buffer:
-                break
-        if not waiting:
+        while more and packer.hungry:
+            length = next(following, None)
+            if length is None:
+                more = False
+            else:
+                packer.add(length)
+        if not packer.positions:
             return
-        oldest = waiting.popleft()
-        others = list(waiting)
-        chosen = best_subset([lengths[p] for p in others], seq_length - lengths[oldest])
-        group = {others[i] for i in chosen}
-        waiting = deque(p for p in others if p not in group)
-        yield [oldest, *sorted(group)]
+        yield packer.row()
+
+
+@dataclass
+class Packer:
+    """The examples that wait, and the next row of them. Equal packers fed alike give equal rows."""
+
+    seq_length: int
+    buffer: int = BUFFER
+    arrived: int = 0
+    """Examples added so far: the position of the next."""
+    positions: list[int] = field(default_factory=list)
+    """Of the waiting examples, the oldest first."""
+    lengths: list[int] = field(default_factory=list)
+
+    @property
+    def hungry(self) -> bool:
+        """Whether another example may come in. The span is bounded as well as the number: all that leave before an
+        example arrived less than `HORIZON` places after it."""
+        waiting = self.positions
+        return len(waiting) <= self.buffer and not (waiting and self.arrived - waiting[0] >= HORIZON)
+
+    def add(self, length: int) -> None:
+        if length > self.seq_length:
+            raise ValueError(f"an example of {length} tokens fits no row of {self.seq_length}: raise data.seq_length")
+        self.positions.append(self.arrived)
+        self.lengths.append(int(length))  # a NumPy integer would overflow where bits are shifted
+        self.arrived += 1
+
+    def row(self) -> list[int]:
+        """Take the oldest example and those that fill its row best; their positions, in order."""
+        group = [self.positions.pop(0)]
+        chosen = best_subset(self.lengths, self.seq_length - self.lengths.pop(0))
+        group += [self.positions[i] for i in chosen]
+        for i in reversed(chosen):
+            del self.positions[i], self.lengths[i]
+        return group
 
 
 def best_subset(lengths: Sequence[int], room: int) -> list[int]:
     """Indices whose lengths sum to the largest total that is at most `room`; earlier indices are preferred.
 
-    Bit s of `reached[i]` says that some of the first i lengths sum to s. Walking back from the best total, an item is
-    left out whenever the total can be reached without it, so that older examples go first.
+    Bit b of `left[i]` says that some of the first i lengths leave b tokens of the room empty, so that adding a length
+    is a shift to the right: what does not fit falls off the end. Walking back from the best, an item is left out
+    whenever the same is reached without it, so that older examples go first.
     """
-    mask = (1 << (room + 1)) - 1
-    reached = [1]
+    reached = 1 << room
+    left = [reached]
     for length in lengths:
-        reached.append((reached[-1] | (reached[-1] << length)) & mask)
-        if reached[-1] >> room:  # the row can be filled to the last token: nothing later helps
+        reached |= reached >> length
+        left.append(reached)
+        if reached & 1:  # the row can be filled to the last token: nothing later helps
             break
-    total = reached[-1].bit_length() - 1
+    empty = (reached & -reached).bit_length() - 1
     chosen = []
-    for i in range(len(reached) - 1, 0, -1):
-        if not (reached[i - 1] >> total) & 1:
-            chosen.append(i - 1)
-            total -= lengths[i - 1]
+    for i in range(len(left) - 2, -1, -1):
+        if not (left[i] >> empty) & 1:
+            chosen.append(i)
+            empty += lengths[i]
     return chosen[::-1]
 
 

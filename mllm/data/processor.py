@@ -1,9 +1,9 @@
 """One sample to what the model sees. Training, chat and evaluation share this door: there is no second prompt
 builder.
 
-Enters: a `Sample`. Leaves: an `Example`, `pixel_values` [n, 3, H, W] float32, `input_ids` and `labels` [T] in which
-each image's placeholder is V slots wide. How many visual tokens an image becomes is told by the model side, from
-config alone.
+Enters: a `Sample`. Leaves: an `Example`, `pixel_values` [n, 3, H, W] uint8 (the device normalises them), `input_ids`
+and `labels` [T] in which each image's placeholder is V slots wide. How many visual tokens an image becomes is told by
+the model side, from config alone.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 
 from mllm.data import chat
 from mllm.data.images import open_image
+from mllm.data.pixels import cheapest_way, least_side
 from mllm.types import IGNORE_INDEX, IMAGE_TOKEN, Example, ImageSource, Mark, Sample
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ImageFit = Literal["native", "pad"]
+FACTS = ("num_visual_tokens", "image_fit", "jpeg_draft")
+"""What a saved processor holds beside its tokenizer and image processor."""
 LARGEST_SIDE = 4096
 """An image is shrunk to this before it is padded: more than any encoder sees, and its square fits in memory."""
 
@@ -42,6 +45,8 @@ class Processor:
     square with the mean colour, so that nothing is cut (LLaVA-1.5, second stage)."""
     keep: bool = False
     """Keep the tokens of samples and the pixels of image files after the first time: for small sets seen many times."""
+    jpeg_draft: bool = False
+    """Decode JPEGs at least twice as large as needed at a fraction of their size: faster, slightly other pixels."""
 
     def __post_init__(self) -> None:
         chat.ensure_template(self.tokenizer)
@@ -50,7 +55,8 @@ class Processor:
         self.kept_pixels: dict[str, Tensor] = {}
         self.kept_tokens: dict[tuple[str, int | None], tuple[list[int], list[int]]] = {}
         self.image_token_id = self.tokenizer.get_vocab()[IMAGE_TOKEN]
-        self.pixel_shape: tuple[int, int, int] = tuple(self.pixels([Image.new("RGB", (8, 8))]).shape[1:])  # type: ignore[assignment]
+        self.to_pixels, self.normalisation, self.pixel_shape = cheapest_way(self.image_processor)
+        self.least_side = least_side(self.image_processor, self.pixel_shape)
 
     def __call__(self, sample: Sample, max_length: int | None = None) -> Example:
         """The sample with its labels, cut to `max_length` tokens (never through an image).
@@ -58,11 +64,16 @@ class Processor:
         Raises:
             ValueError: placeholders and images differ, an image is unreadable, nothing is left to learn.
         """
+        input_ids, labels = self.tokens(sample, max_length)
+        return Example(sample.id, input_ids, labels, self.pixels(sample.images), sample.where)
+
+    def tokens(self, sample: Sample, max_length: int | None = None) -> tuple[list[int], list[int]]:
+        """What `encode` gives, or gave the last time if it is kept."""
         named = (sample.id, max_length)
         input_ids, labels = self.kept_tokens.get(named) or self.encode(sample, max_length)
         if self.keep:
             self.kept_tokens[named] = input_ids, labels
-        return Example(sample.id, input_ids, labels, self.pixels(sample.images), sample.where)
+        return input_ids, labels
 
     def encode(self, sample: Sample, max_length: int | None = None) -> tuple[list[int], list[int]]:
         """`input_ids` and `labels` [T], expanded and cut; no image is opened."""
@@ -115,18 +126,17 @@ class Processor:
         return input_ids[:max_length], labels[:max_length]
 
     def pixels(self, images: list[ImageSource]) -> Tensor:
-        """[n, 3, H, W] float32; n may be 0."""
+        """[n, 3, H, W] uint8, or float32 where `normalisation` is None; n may be 0."""
         if not images:
-            return torch.empty(0, *self.pixel_shape)
+            return torch.empty(0, *self.pixel_shape, dtype=torch.uint8 if self.normalisation else torch.float32)
         return torch.cat([self.image_pixels(image) for image in images])
 
     def image_pixels(self, image: ImageSource) -> Tensor:
-        """[1, 3, H, W] float32, opened and processed, or kept from the last time."""
+        """[1, 3, H, W], opened and processed, or kept from the last time."""
         name = str(image) if isinstance(image, str | Path) else ""
         if name in self.kept_pixels:
             return self.kept_pixels[name]
-        opened = self.fit(open_image(image))
-        pixels = torch.as_tensor(self.image_processor(images=[opened], return_tensors="pt")["pixel_values"])
+        pixels = self.to_pixels(self.fit(open_image(image, self.least_side if self.jpeg_draft else None)))
         if name and self.keep:
             self.kept_pixels[name] = pixels
         return pixels
@@ -143,17 +153,17 @@ class Processor:
         return square
 
     def save(self, folder: Path) -> None:
-        """Write tokenizer, image processor and the two facts of this class; `load` reads them."""
+        """Write tokenizer, image processor and the facts of this class; `load` reads them."""
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
-        facts = {"num_visual_tokens": self.num_visual_tokens, "image_fit": self.image_fit}
+        facts = {name: getattr(self, name) for name in FACTS}
         (folder / "mllm_processor.json").write_text(json.dumps(facts, indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> Processor:
         """What `save` wrote."""
         facts = json.loads((folder / "mllm_processor.json").read_text())
-        return cls.from_hub(str(folder), str(folder), facts["num_visual_tokens"], facts["image_fit"])
+        return cls.from_hub(str(folder), str(folder), **{name: facts[name] for name in FACTS if name in facts})
 
     @classmethod
     def from_hub(
@@ -163,6 +173,7 @@ class Processor:
         num_visual_tokens: int,
         image_fit: ImageFit = "native",
         keep: bool = False,
+        jpeg_draft: bool = False,
     ) -> Processor:
         """The LLM's tokenizer and the encoder's image processor, each by Hub id or folder."""
         from transformers import AutoImageProcessor, AutoTokenizer
@@ -173,4 +184,5 @@ class Processor:
             num_visual_tokens,
             image_fit,
             keep,
+            jpeg_draft,
         )

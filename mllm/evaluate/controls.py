@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -65,6 +65,8 @@ def _picture(sample: Sample) -> Picture:
 def _name(image: ImageSource) -> str:
     if isinstance(image, str | Path):
         return str(Path(image))
+    if isinstance(image, Mapping):  # datasets' Image feature
+        image = image.get("bytes") or str(image.get("path")).encode()
     pixels = image if isinstance(image, bytes) else image.tobytes()
     return f"an image in memory ({hashlib.sha256(pixels).hexdigest()[:16]})"
 

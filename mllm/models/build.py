@@ -19,6 +19,7 @@ from mllm.models.connectors import ConnectorConfig, MLPConnector
 from mllm.models.multimodal import MultimodalLM
 from mllm.models.vision_encoder import VisionEncoder, num_patches, vision_config
 from mllm.schema import Schema
+from mllm.types import Normalisation
 
 
 @dataclass
@@ -66,7 +67,7 @@ def build_model(config: ModelConfig, image_token_id: int) -> MultimodalLM:
     Raises:
         ValueError: an id or folder holds no such model.
     """
-    encoder = VisionEncoder(load_vision_model(config), config.feature_layer)
+    encoder = VisionEncoder(load_vision_model(config), config.feature_layer, read_normalisation(config))
     llm = load_llm(config)
     connector = config.connector.build(encoder.width, llm.get_input_embeddings().embedding_dim, encoder.num_patches)
     model = MultimodalLM(encoder, connector, llm, image_token_id)
@@ -84,6 +85,16 @@ def load_vision_model(config: ModelConfig) -> nn.Module:
         else:
             whole = AutoModel.from_pretrained(config.vision_encoder, **options)
         return getattr(whole, "vision_model", whole)
+
+
+def read_normalisation(config: ModelConfig) -> Normalisation | None:
+    """What the encoder's image processor does to pixels; None where the checkpoint has none (a dry run needs none)."""
+    from transformers import AutoImageProcessor
+
+    try:
+        return Normalisation.of(AutoImageProcessor.from_pretrained(config.vision_encoder))
+    except (OSError, ValueError):  # missing file; file without a type beside a config without one
+        return None
 
 
 def load_llm(config: ModelConfig) -> Any:

@@ -1,6 +1,7 @@
 """A CLIP-style encoder, up to the layer whose features are used.
 
-Enters: pixel_values [N, 3, H, W]. Leaves: patch features [N, P, Dv] of one layer, without class or register tokens.
+Enters: pixel_values [N, 3, H, W], uint8 and not yet normalised, or float and ready. Leaves: patch features
+[N, P, Dv] of one layer, without class or register tokens.
 
 The tap lies before the encoder's final norm, as in stock Llava: a connector trained behind the norm could not be
 exported there. Layers behind the tap are cut off when the encoder is built, because nobody reads them.
@@ -15,13 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mllm.types import Normalisation
+
 
 class VisionEncoder(nn.Module):
     """Wraps the vision model of any transformers class with square patches and a list of layers."""
 
-    def __init__(self, model: Any, feature_layer: int = -2) -> None:
-        """`feature_layer` counts hidden states as transformers does: 0 the embeddings, -1 the last layer's output."""
+    def __init__(self, model: Any, feature_layer: int = -2, normalisation: Normalisation | None = None) -> None:
+        """`feature_layer` counts hidden states as transformers does: 0 the embeddings, -1 the last layer's output.
+
+        `normalisation` is what the encoder's own image processor does to uint8 pixels.
+        """
         super().__init__()
+        self.normalisation = normalisation
         self.model: Any = model
         self.num_patches = num_patches(model.config)
         self.width: int = model.config.hidden_size
@@ -37,7 +44,8 @@ class VisionEncoder(nn.Module):
         """[N, 3, H, W] -> [N, P, Dv], with a gradient only where a weight of the encoder asks for one.
 
         Raises:
-            ValueError: the images are not of the size that the encoder's config promises.
+            ValueError: the images are not of the size that the encoder's config promises, or are uint8 and nobody
+                told how to normalise them.
         """
         side: int = self.model.config.image_size
         if tuple(pixel_values.shape[2:]) != (side, side):  # DINOv2 takes any size, and P would not be as promised
@@ -47,10 +55,21 @@ class VisionEncoder(nn.Module):
             )
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.model.parameters())
         with torch.set_grad_enabled(trains):
-            self.model(pixel_values=pixel_values.to(self.model.dtype))
+            self.model(pixel_values=self.normalised(pixel_values).to(self.model.dtype))
         assert self._features is not None, "the encoder never called its last layer"
         features, self._features = self._features, None
         return self.without_prefix(features)  # [N, P, Dv]
+
+    def normalised(self, pixel_values: Tensor) -> Tensor:
+        """[N, 3, H, W] float32 of uint8; float as it is."""
+        if pixel_values.dtype != torch.uint8:
+            return pixel_values
+        if self.normalisation is None:
+            raise ValueError(
+                "uint8 pixels for an encoder that came without preprocessor_config.json: put the file beside its "
+                "weights, it says how pixels are normalised"
+            )
+        return self.normalisation(pixel_values)
 
     def freeze_behind_tap(self) -> None:
         """Freeze what no feature depends on (final norm, pooler): DDP would wait for gradients that never come."""

@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -122,15 +122,21 @@ def load_tensors(own: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def save_checkpoint(
-    folder: Path, step: int, model: MultimodalLM, optimizer: torch.optim.Optimizer, fingerprint: str
+    folder: Path,
+    step: int,
+    model: MultimodalLM,
+    optimizer: torch.optim.Optimizer,
+    fingerprint: str,
+    position: dict[str, Any] | None = None,
 ) -> None:
-    """Everything needed to go on after `step` steps as if nothing had happened."""
+    """Everything needed to go on after `step` steps as if nothing had happened. `position` is the plan's: what it
+    worked out so far, so that a late step is found at once."""
     beside = folder / "checkpoints" / f".partial-{step}"
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     save_tensors(trained_weights(model), beside / "trained.safetensors")
     torch.save(optimizer.state_dict(), beside / "optimizer.pt")
-    (beside / "state.json").write_text(json.dumps({"step": step, "plan": fingerprint}))
+    (beside / "state.json").write_text(json.dumps({"step": step, "plan": fingerprint, "position": position}))
     for file in beside.iterdir():
         with file.open("rb") as written:
             os.fsync(written.fileno())
@@ -145,24 +151,34 @@ def load_checkpoint(folder: Path, model: MultimodalLM, optimizer: torch.optim.Op
     """Continue the newest checkpoint; the number of steps it has behind it, 0 if there is none.
 
     Raises:
-        ValueError: the checkpoint was made with another plan (data, seed or layout), so its position means nothing
-            here; or other weights train now.
+        ValueError: the checkpoint was made with another plan (data, seed or layout), so its step means nothing here;
+            or other weights train now.
     """
-    found = checkpoints(folder)
-    if not found:
+    if not (found := checkpoints(folder)):
         return 0
-    newest = found[-1]
-    state = json.loads((newest / "state.json").read_text())
-    if state["plan"] != fingerprint:
-        raise ValueError(
-            f"{newest} was made with other data, another tokenizer, seed, seq_length or rows_per_step: "
-            f"resume with the settings in {folder / 'config.yaml'}, or start again with --overwrite"
-        )
+    newest, state = found[-1], newest_state(folder, fingerprint)
     load_tensors(dict(trained_weights(model)), newest / "trained.safetensors")
     moments = torch.load(newest / "optimizer.pt", weights_only=True)["state"]
     groups = optimizer.state_dict()["param_groups"]  # rates and decay are the config's, not the checkpoint's
     optimizer.load_state_dict({"state": moments, "param_groups": groups})
     return int(state["step"])
+
+
+def newest_state(folder: Path, fingerprint: str) -> dict[str, Any]:
+    """`step` and `position` of the newest checkpoint, both empty if there is none.
+
+    Raises:
+        ValueError: it was made with another plan.
+    """
+    if not (found := checkpoints(folder)):
+        return {"step": 0, "position": None}
+    state: dict[str, Any] = json.loads((found[-1] / "state.json").read_text())
+    if state["plan"] != fingerprint:
+        raise ValueError(
+            f"{found[-1]} was made with other data, another tokenizer, mixture, seed, seq_length or rows_per_step: "
+            f"resume with the settings in {folder / 'config.yaml'}, or start again with --overwrite"
+        )
+    return state
 
 
 def checkpoints(folder: Path) -> list[Path]:

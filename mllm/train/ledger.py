@@ -1,46 +1,151 @@
-"""Samples that turned out unreadable while training: nothing is dropped in silence.
+"""What became of every sample: nothing is dropped in silence.
 
-Enters: the batches of each step, whose holes carry their cause. Leaves: a line for each in `quarantine.jsonl`, and
-an error once there are more than the run allows. The plan never shifts: a hole keeps the place of its sample.
+Enters: the index with its faults, and the batches of each step, whose holes carry theirs. Leaves: a line for each
+fault in `quarantine.jsonl`, the sums in `ledger.json` (read = used + skipped), and an error once more is lost than the
+run allows. The plan never shifts: a hole keeps the place of its sample.
 """
 
 from __future__ import annotations
 
+import functools
 import json
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from mllm.types import Batch
+from mllm.data.index import SHOWN, Index
+from mllm.data.plan import Plan
+from mllm.types import Batch, Fault
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+IN_A_ROW = 100
+"""Unreadable samples one after the other that stop a run whatever share it allows: a disk is gone, not a file."""
+COUNTED_CAUSES = 50
+"""Causes of filtering that the ledger tells apart, the most frequent first."""
+
+
+class Quarantine:
+    """`quarantine.jsonl`: each fault once, of the index and of the run, over all resumes of the run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "quarantine.jsonl"
+        self.lines = self.whole_lines()
+        self.known = {self.name(line) for line in self.lines}
+
+    def whole_lines(self) -> list[dict[str, Any]]:
+        """What stands there; half a line, which a run that was killed may leave, is cut off."""
+        if not self.path.exists():
+            return []
+        text = self.path.read_text()
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:
+            self.path.write_text(whole)
+        return [json.loads(line) for line in whole.splitlines()]
+
+    def add(self, faults: Iterable[Fault], step: int | None = None) -> None:
+        """Append what does not stand there; `step` is the one that met it, None for the index."""
+        for fault in faults:
+            line = {"id": fault.id, "where": fault.where, "cause": fault.cause, "kind": fault.kind, "step": step}
+            if self.name(line) not in self.known:
+                self.known.add(self.name(line))
+                self.lines.append(line)
+                with self.path.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+
+    @staticmethod
+    def name(line: dict[str, Any]) -> tuple[str, str, str]:
+        return line["id"], line["where"], line["cause"]
+
 
 class Ledger:
-    """The faults of the run so far, the same list on every rank."""
+    """What is lost so far, the same on every rank."""
 
-    def __init__(self, folder: Path, most: int) -> None:
-        self.path, self.most = folder / "quarantine.jsonl", most
-        self.faults: list[str] = []
+    def __init__(self, folder: Path, index: Index, max_bad_share: float) -> None:
+        self.folder, self.index, self.max_bad_share = folder, index, max_bad_share
+        self.holes: dict[str, str] = {}
+        """Samples that could not be read when their turn came: id -> class of the fault. Each counts once."""
+        self.in_a_row = 0
 
-    def note(self, accelerator: Accelerator, block: list[Batch]) -> None:
-        """Collect the holes of one step from all ranks.
+    @functools.cached_property
+    def quarantine(self) -> Quarantine:
+        """Opened by the main process alone."""
+        return Quarantine(self.folder)
+
+    def resume(self, accelerator: Accelerator, first_step: int) -> None:
+        """Remember what the steps before `first_step` met."""
+        from accelerate.utils import broadcast_object_list
+
+        found: list[dict[str, str]] = [{}]
+        if accelerator.is_main_process:
+            met = [line for line in self.quarantine.lines if line["step"] is not None and line["step"] <= first_step]
+            found = [{line["id"]: line["kind"] for line in met}]
+        [self.holes] = broadcast_object_list(found)
+
+    def note(self, accelerator: Accelerator, block: list[Batch], plan: Plan, step: int) -> None:
+        """Collect the holes of one step from all ranks; `step` counts from 0.
 
         Raises:
-            ValueError: more than `most` samples are unreadable; names the last ones.
+            ValueError: too many samples are unreadable, in all or one after the other; names the last ones.
         """
         from accelerate.utils import gather_object
 
-        new = gather_object([fault for batch in block for fault in batch["faults"]])
+        new: list[Fault] = gather_object([fault for batch in block for fault in batch["faults"]])
         if not new:
+            self.in_a_row = 0
             return
-        self.faults += new
+        self.holes |= {fault.id: fault.kind for fault in new}
         if accelerator.is_main_process:
-            with self.path.open("a") as file:
-                file.writelines(json.dumps({"fault": fault}) + "\n" for fault in new)
-        if len(self.faults) > self.most:
-            raise ValueError(
-                f"{len(self.faults)} samples cannot be read, more than data.max_bad_share allows ({self.most}):\n  "
-                + "\n  ".join(self.faults[-5:])
-                + f"\nMend or remove them, or raise data.max_bad_share; all are named in {self.path}"
-            )
+            self.quarantine.add(new, step + 1)
+        bad = {fault.number for fault in new}
+        for number in (number for row in plan.rows(step) for number in row):
+            self.in_a_row = self.in_a_row + 1 if number in bad else 0
+            if self.in_a_row == IN_A_ROW:
+                self.stop(accelerator, f"{IN_A_ROW} samples one after the other cannot be read", new)
+        if self.bad_share > self.max_bad_share:
+            told = f"{len(self.holes)} samples cannot be read beside {len(self.index.faults)} that the index left out"
+            self.stop(accelerator, f"{told}, more than data.max_bad_share allows ({self.max_bad_share:.1%})", new)
+
+    def stop(self, accelerator: Accelerator, what: str, last: list[Fault]) -> None:
+        if accelerator.is_main_process:
+            self.write()
+        shown = "\n  ".join(map(str, last[-SHOWN:]))
+        raise ValueError(
+            f"{what}:\n  {shown}\nMend or remove them, or raise data.max_bad_share; "
+            f"all are named in {self.folder / 'quarantine.jsonl'}"
+        )
+
+    @property
+    def bad_share(self) -> float:
+        """Share of the samples that are lost, of those that should be used."""
+        return (len(self.index.faults) + len(self.holes)) / max(1, len(self.index.faults) + len(self.index))
+
+    def write(self) -> None:
+        (self.folder / "ledger.json").write_text(json.dumps(summary(self.index, self.holes), indent=1) + "\n")
+
+
+def summary(index: Index, holes: dict[str, str] | None = None) -> dict[str, Any]:
+    """Samples and bad records: read = used + skipped; and what cutting took away."""
+    holes = holes or {}
+    skipped = Counter(fault.kind for fault in index.faults) + Counter(holes.values())
+    if index.filtered:
+        skipped["filtered"] = index.filtered.total()
+    used = len(index) - len(holes)
+    assert index.read == used + skipped.total(), f"{index.read} read, {used} used, {skipped} skipped"
+    return {
+        "read": index.read,
+        "used": used,
+        "skipped": dict(skipped),
+        "filtered": dict(index.filtered.most_common(COUNTED_CAUSES)),
+        "truncated": {"samples": len(index.truncated), "tokens": index.tokens_cut},
+    }
+
+
+def sentence(ledger: dict[str, Any]) -> str:
+    """The ledger in one line."""
+    skipped, cut = ledger["skipped"], ledger["truncated"]
+    why = f" ({', '.join(f'{kind} {number:,}' for kind, number in skipped.items())})" if skipped else ""
+    truncated = f"{cut['samples']:,} truncated" + (f" by {cut['tokens']:,} tokens" if cut["samples"] else "")
+    return f"{ledger['read']:,} read = {ledger['used']:,} used + {sum(skipped.values()):,} skipped{why}; {truncated}"

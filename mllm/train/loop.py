@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
+from mllm.data.columns import Columns
 from mllm.data.index import Index
 from mllm.data.loader import DataConfig, PlannedBatches, Share, batches
 from mllm.data.plan import Plan
 from mllm.data.processor import Processor
 from mllm.models.multimodal import MultimodalLM
 from mllm.schema import Fraction, NotNegative, Positive, Schema
-from mllm.train.checkpoint import load_checkpoint, save_checkpoint
+from mllm.train.checkpoint import load_checkpoint, newest_state, save_checkpoint
 from mllm.train.ledger import Ledger
 from mllm.train.losses import NextToken
 from mllm.train.metrics import Metrics
@@ -70,9 +71,21 @@ class TrainConfig(Schema):
     seed: int = 0
 
 
-def make_plan(index: Index, data: DataConfig, train: TrainConfig) -> Plan:
-    """The plan of a run, the same on every rank."""
-    return Plan(index.lengths, data.seq_length, train.rows_per_step, train.seed, data.packing)
+def make_plan(index: Index, data: DataConfig, train: TrainConfig, resume: bool = False) -> Plan:
+    """The plan of a run, the same on every rank; one that goes on knows from its checkpoint where it stood.
+
+    Raises:
+        ValueError: the checkpoint was made with another plan.
+    """
+    columns = Columns(index.length, index.images, index.source, index.group, index.weight)
+    plan = Plan(columns, data.mixture, data.seq_length, train.rows_per_step, train.seed, data.packing)
+    position = newest_state(train.output_dir, fingerprint(index, plan))["position"] if resume else None
+    return plan.at(position) if position else plan
+
+
+def fingerprint(index: Index, plan: Plan) -> str:
+    """What a checkpoint's step may be trusted with: these samples in this order."""
+    return f"{plan.fingerprint()}-{index.fingerprint()}"
 
 
 def deal(
@@ -84,6 +97,7 @@ def deal(
 
 
 def num_steps(plan: Plan, train: TrainConfig) -> int:
+    """Optimiser steps of the run; an epoch is packed once to count them."""
     return train.steps if train.steps is not None else plan.steps(train.epochs)
 
 
@@ -92,6 +106,7 @@ def fit(
     model: MultimodalLM,
     processor: Processor,
     index: Index,
+    plan: Plan,
     data: DataConfig,
     train: TrainConfig,
     resume: bool = False,
@@ -101,7 +116,6 @@ def fit(
     Raises:
         ValueError: the rows of a step cannot be dealt to the ranks; too many samples turn out unreadable.
     """
-    plan = make_plan(index, data, train)
     dataset = deal(accelerator, index, plan, processor, train)
     if train.gradient_checkpointing:
         model.llm.gradient_checkpointing_enable({"use_reentrant": False})
@@ -109,9 +123,12 @@ def fit(
     groups = parameter_groups(model, train.learning_rate, train.weight_decay)
     optimizer = make_optimizer(groups, train.optimizer)
     objective, optimizer = accelerator.prepare(NextToken(model), optimizer)
-    first_step = load_checkpoint(train.output_dir, model, optimizer, plan.fingerprint()) if resume else 0
+    name = fingerprint(index, plan)
+    first_step = load_checkpoint(train.output_dir, model, optimizer, name) if resume else 0
     last_step = num_steps(plan, train)
-    ledger = Ledger(train.output_dir, most=int(data.max_bad_share * len(index.samples)))
+    ledger = Ledger(train.output_dir, index, data.max_bad_share)
+    if first_step:
+        ledger.resume(accelerator, first_step)
     micro_batches = batches(dataset, first_step, last_step, data.num_workers)
     with Metrics(train.output_dir, first_step, last_step, accelerator.is_main_process) as metrics:
         for step in range(first_step, last_step):
@@ -119,10 +136,12 @@ def fit(
             set_rates(optimizer, rate_factor(step, last_step, train.warmup, train.schedule))
             block = [next(micro_batches) for _ in range(dataset.accumulation)]
             numbers = optimise(accelerator, objective, optimizer, block, train.max_grad_norm)
-            ledger.note(accelerator, block)
-            metrics.step(step + 1, {**numbers, **plan.counts(step), **rates(optimizer), "skipped": len(ledger.faults)})
+            ledger.note(accelerator, block, plan, step)
+            metrics.step(step + 1, {**numbers, **plan.counts(step), **rates(optimizer), "skipped": len(ledger.holes)})
             if train.save_every and (step + 1) % train.save_every == 0 and accelerator.is_main_process:
-                save_checkpoint(train.output_dir, step + 1, model, optimizer, plan.fingerprint())
+                save_checkpoint(train.output_dir, step + 1, model, optimizer, name, plan.position(step + 1))
+    if accelerator.is_main_process:
+        ledger.write()
     accelerator.wait_for_everyone()
 
 

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mllm.data import advisor
 from mllm.data.index import Index
 from mllm.data.plan import Plan
 from mllm.data.processor import Processor
 from mllm.models.multimodal import MultimodalLM
+from mllm.train.ledger import sentence, summary
 from mllm.train.trainable import LearningRates, parts
 from mllm.types import IGNORE_INDEX, Sample
 
@@ -40,7 +43,9 @@ def preflight(
     """Print the run; refuse it if the labels are odd."""
     console.print(parts_table(model, rates))
     console.print(numbers_table(index, plan, processor, steps))
-    sample = index.samples[0]
+    if plan.packing and (advice := advisor.warning(index.length, plan.seq_length)):
+        console.print(Text.assemble(("warning: ", "bold yellow"), advice))
+    sample = index.sample(0)
     console.print(
         Text.assemble("first sample (supervised in green): ", render_mask(processor, sample, plan.seq_length))
     )
@@ -60,12 +65,12 @@ def numbers_table(index: Index, plan: Plan, processor: Processor, steps: int) ->
     """The run in numbers, each with its unit."""
     table = Table("", "", show_header=False, title="the run", title_justify="left")
     rows: Iterable[tuple[str, str]] = (
-        ("samples", f"{len(index.samples):,} used, {len(index.faults):,} skipped, {index.truncated:,} truncated"),
+        ("samples", sentence(summary(index))),
         ("images", f"{index.num_images:,} of {processor.num_visual_tokens} visual tokens"),
-        ("tokens an epoch", f"{sum(index.lengths):,}"),
+        ("tokens", f"{index.length.sum(dtype=np.int64):,} in all samples"),
         ("supervised share", f"{supervised_share(index, processor):.1%} of the text tokens"),
-        ("rows an epoch", f"{len(plan.epoch(0)):,} of {plan.seq_length} tokens, {plan.fill():.1%} filled"),
         ("steps", f"{steps:,} of {plan.rows_per_step} rows"),
+        ("rows", f"{steps * plan.rows_per_step:,} of {plan.seq_length} tokens, {plan.fill():.1%} filled"),
     )
     for row in rows:
         table.add_row(*row)
@@ -74,8 +79,8 @@ def numbers_table(index: Index, plan: Plan, processor: Processor, steps: int) ->
 
 def supervised_share(index: Index, processor: Processor) -> float:
     """Supervised tokens among those that are text."""
-    text = sum(index.lengths) - index.num_images * processor.num_visual_tokens
-    return sum(index.supervised) / max(1, text)
+    text = index.length.sum(dtype=np.int64) - index.num_images * processor.num_visual_tokens
+    return float(index.supervised.sum(dtype=np.int64) / max(1, text))
 
 
 def check_supervised_share(index: Index, processor: Processor, seq_length: int) -> None:
@@ -84,12 +89,12 @@ def check_supervised_share(index: Index, processor: Processor, seq_length: int) 
     Raises:
         ValueError: a sample has no supervised token, or the share over all is out of range.
     """
-    silent = next((s for s, n in zip(index.samples, index.supervised, strict=True) if n == 0), None)
+    silent = np.flatnonzero(index.supervised == 0)
     share = supervised_share(index, processor)
-    if silent is None and LOWEST_SHARE <= share <= HIGHEST_SHARE:
+    if not len(silent) and LOWEST_SHARE <= share <= HIGHEST_SHARE:
         return
-    shown = silent or index.samples[0]
-    what = "has no supervised token" if silent else f"is one of samples whose supervised share is {share:.2%}"
+    shown = index.sample(int(silent[0]) if len(silent) else 0)
+    what = "has no supervised token" if len(silent) else f"is one of samples whose supervised share is {share:.2%}"
     raise ValueError(
         f"{shown.where} {what}: the chat template of {processor.tokenizer.name_or_path} does not mark the assistant's "
         f"words as expected (supervised tokens stand between [[ and ]]):\n{mask_text(processor, shown, seq_length)}"

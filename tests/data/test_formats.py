@@ -1,51 +1,28 @@
-"""Three formats become samples; what cannot become one is named with its file, its row and the remedy."""
+"""Every format becomes samples; what cannot become one is named with its file, its row and the remedy."""
 
 from __future__ import annotations
 
 import json
+import pickle
+import random
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from pydantic import TypeAdapter
 
-from mllm.data.formats.captions import CaptionsSource
-from mllm.data.formats.llava import LlavaSource
-from mllm.data.formats.messages import MessagesSource
-from mllm.data.formats.source import Source
+from mllm.data.formats import SourceConfig
+from mllm.data.formats.auto import AutoSource
 from mllm.types import Mark, Sample
-
-CLASSES: dict[str, type[Source]] = {"llava": LlavaSource, "messages": MessagesSource, "captions": CaptionsSource}
-DATA_URI = "data:image/png;base64,AAAA"
-SAID = {"role": "assistant", "content": "red"}
-GOOD = {
-    "llava": {
-        "id": "g",
-        "image": "a.png",
-        "conversations": [{"from": "human", "value": "<image>what?"}, {"from": "gpt", "value": "red"}],
-    },
-    "messages": {"id": "g", "messages": [{"role": "user", "content": "hello"}, SAID]},
-    "captions": {"id": "g", "image": "a.png", "caption": "a red circle"},
-}
+from records import CLASSES, DATA_URI, GOOD, SAID, asked, llava, read, read_one
+from writers import json_lines, shard
 
 
-def read(folder: Path, kind: str, text: str | bytes, name: str = "data.jsonl", **options: Any) -> list[Any]:
-    path = folder / name
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return list(CLASSES[kind](path=path, **options).read())
-
-
-def read_one(folder: Path, kind: str, record: dict[str, Any], **options: Any) -> Sample:
-    [sample] = read(folder, kind, json.dumps(record), **options)
-    assert isinstance(sample, Sample), sample
-    return sample
-
-
-def llava(*turns: tuple[str, Any], **keys: Any) -> dict[str, Any]:
-    return {"conversations": [{"from": who, "value": value} for who, value in turns], **keys}
-
-
-def asked(content: Any, **keys: Any) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": content}, SAID], **keys}
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLLM_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.mark.parametrize("kind", GOOD)
@@ -200,7 +177,34 @@ BAD: dict[str, list[tuple[str, Any, str]]] = {
         ("blank caption", {"image": "a", "caption": ""}, "the assistant says nothing"),
         ("no captions", {"image": "a", "captions": []}, "`captions` is empty"),
         ("one string", {"image": "a", "captions": "a cat"}, "`captions` must be a list, found 'a cat'"),
-        ("one of two", {"image": "a", "captions": ["a cat", None]}, "`caption` must be text, found 'None'"),
+        ("one of two", {"image": "a", "captions": ["a cat", None]}, "`captions` must be text, found 'None'"),
+    ],
+    "texts_images": [
+        ("no texts", {"images": ["a"]}, "key 'texts' is missing"),
+        ("null texts", {"images": ["a"], "texts": None}, "`texts` must be a list"),
+        ("empty texts", {"images": ["a"], "texts": []}, "the conversation is empty"),
+        ("no answer", {"images": [], "texts": [{"user": "x"}]}, "key 'assistant' is missing"),
+        ("null answer", {"images": [], "texts": [{"user": "x", "assistant": None}]}, "`assistant` must be text"),
+        ("words", {"images": [], "texts": ["x"]}, "expected a JSON object, found 'x'"),
+        ("null image", {"images": [None], "texts": [{"user": "x", "assistant": "y"}]}, "an image is named 'None'"),
+        (
+            "more marks",
+            {"images": ["a"], "texts": [{"user": "<image><image>", "assistant": "y"}]},
+            "2 <image> placeholders but 1 images",
+        ),
+    ],
+    "interleaved": [
+        ("no images", {"texts": ["x"]}, "key 'images' is missing"),
+        ("lengths", {"texts": ["x"], "images": []}, "1 texts and 0 images: lists of one length"),
+        ("both", {"texts": ["x"], "images": ["a"]}, "place 0 holds both of text and image"),
+        ("neither", {"texts": ["x", None], "images": [None, None]}, "place 1 holds neither of text and image"),
+        ("images alone", {"texts": [None], "images": ["a"]}, "the assistant says nothing"),
+        ("number", {"texts": [5], "images": [None]}, "`texts` must be text, found '5'"),
+        (
+            "lost image",
+            {"text_list": ["x"], "image_info": [{"image_name": "a", "matched_text_index": 4}]},
+            "an image is matched with text 4, but there are 1 texts",
+        ),
     ],
 }
 CASES = [
@@ -234,3 +238,66 @@ def test_a_list_that_was_cut_short_stops_with_the_files_name(tmp_path: Path) -> 
     whole = json.dumps([GOOD["llava"]] * 3)
     with pytest.raises(ValueError, match=r"cut\.json is no whole JSON list .*download it again"):
         read(tmp_path, "llava", whole[:-20], name="cut.json")
+
+
+# ---------------------------------------------------------------- no format named
+
+
+@pytest.mark.parametrize("kind", GOOD)
+@pytest.mark.parametrize("layout", ["lines", "list", "parquet", "tar"])
+def test_a_format_is_recognised_by_its_records(tmp_path: Path, kind: str, layout: str) -> None:
+    names = {"lines": "a.jsonl", "list": "a.json", "parquet": "a.parquet", "tar": "a.tar"}
+    path, records = tmp_path / names[layout], [{**GOOD[kind], "id": str(i)} for i in range(3)]
+    if layout == "parquet":
+        pq.write_table(pa.Table.from_pylist(records), path)
+    elif layout == "tar":
+        shard(path, [(f"{record['id']}.json", json.dumps(record).encode()) for record in records])
+    else:
+        path.write_text(json.dumps(records) if layout == "list" else "\n".join(map(json.dumps, records)))
+    source = TypeAdapter(SourceConfig).validate_python({"path": str(path)})
+    assert isinstance(source, AutoSource)
+    assert type(source.chosen()) is CLASSES[kind]
+    found = list(source.scan(0))
+    assert [sample for _, sample in found] == list(CLASSES[kind](path=path).read())
+    random.Random(0).shuffle(found)
+    again = pickle.loads(pickle.dumps(source))
+    assert all(again.fetch(place) == sample for place, sample in found)
+
+
+def test_bad_records_do_not_hide_the_format(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("{\n{}\n" + json.dumps(GOOD["llava"]))
+    assert [type(item) for item in AutoSource(path=tmp_path / "a.jsonl").read()] == [ValueError, ValueError, Sample]
+
+
+@pytest.mark.parametrize(
+    ("records", "told"),
+    [
+        ([{"question": "x", "answer": "y"}], "is of no known format: its records have the keys question, answer"),
+        ([], r"is of no known format: .* keys \(none\)"),
+        ([{**GOOD["llava"], **GOOD["messages"]}], r"fits several formats \(llava, messages\)"),
+        ([GOOD["llava"], GOOD["captions"]], "is of no known format: .*conversations.*caption"),
+    ],
+)
+def test_what_fits_no_format_or_several_is_told_with_its_keys(tmp_path: Path, records: list[Any], told: str) -> None:
+    json_lines(tmp_path / "a.jsonl", records)
+    with pytest.raises(ValueError, match=rf"a\.jsonl {told}.* Set `format` to one of"):
+        list(AutoSource(path=tmp_path / "a.jsonl").read())
+
+
+def test_a_named_format_wins(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(GOOD["llava"]))
+    source = TypeAdapter(SourceConfig).validate_python({"path": tmp_path / "a.jsonl", "format": "messages"})
+    [bad] = source.read()
+    assert "the key 'messages' is missing: add it, or check that `format` is this file's" in str(bad)
+
+
+def test_sources_survive_the_saved_config(tmp_path: Path) -> None:
+    adapter = TypeAdapter(list[SourceConfig])
+    raw = [
+        {"path": "a.json"},
+        {"path": "s3://b/a", "format": "captions", "text": {"weights": {"alt": 1.0}}, "image_dir": "s3://b/i"},
+        {"path": "hub:a/b", "format": "texts_images", "split": "train", "min_rating": {"relevance": 3}},
+    ]
+    sources = adapter.validate_python(raw)
+    assert adapter.validate_python(adapter.dump_python(sources, mode="json")) == sources
+    assert [source.path for source in sources] == [Path("a.json"), "s3://b/a", "hub:a/b"]

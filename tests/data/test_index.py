@@ -1,112 +1,165 @@
-"""The index knows all faults before the first step; the loader gives the same batches however it is asked."""
+"""The index knows every sample and all faults before the first step, in columns."""
 
 from __future__ import annotations
 
 import json
-import pickle
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
-import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from conftest import make_processor
+from conftest import write_llava
+from indexing import ROW, contents, ids, index_of, spoil
+from mllm.data import index_jobs, measure
+from mllm.data.formats.captions import CaptionsSource
 from mllm.data.formats.llava import LlavaSource
-from mllm.data.index import Index, build_index
-from mllm.data.loader import PlannedBatches, Share, batches
-from mllm.data.plan import Plan
+from mllm.data.formats.record import Filtered
+from mllm.data.index import assemble, build_index
+from mllm.data.index_columns import told_apart
 from mllm.data.processor import Processor
-from mllm.types import IGNORE_INDEX, Batch
-
-ROW = 160
-ONE_RANK = Share(rank=0, world_size=1, rows=4)
-
-
-def spoil(path: Path) -> None:
-    """Rows 1, 3 and 5 of a LLaVA file cannot be used, each for another reason."""
-    records = json.loads(path.read_text())
-    records[1]["image"] = "images/none.png"
-    del records[3]["conversations"]
-    records[5]["conversations"][0]["value"] = "no placeholder"
-    path.write_text(json.dumps(records))
-
-
-def index_of(path: Path, processor: Processor, max_length: int = ROW) -> Index:
-    return build_index([LlavaSource(path=path)], processor, max_length, progress=False)
-
-
-def dataset_of(index: Index, share: Share = ONE_RANK) -> PlannedBatches:
-    return PlannedBatches(index, Plan(index.lengths, ROW, rows_per_step=4, seed=1), make_processor(), share)
-
-
-def assert_equal(one: Batch, other: Batch) -> None:
-    assert one.keys() == other.keys()
-    for key, value in one.items():
-        assert torch.equal(value, other[key]) if isinstance(value, torch.Tensor) else value == other[key], key
+from mllm.types import IGNORE_INDEX
 
 
 def test_faults_are_collected_with_file_and_row(llava_folder: Callable[..., Path], processor: Processor) -> None:
-    spoil(path := llava_folder(8))
+    path = spoil(llava_folder(8))
     index = index_of(path, processor)
-    assert [sample.id for sample in index.samples] == ["r0", "r2", "r4", "r6", "r7"]
-    assert [fault.partition(": ")[0] for fault in index.faults] == [f"{path}, row {row}" for row in (1, 3, 5)]
+    assert ids(index) == ["r0", "r2", "r4", "r6", "r7"]
+    assert [fault.where for fault in index.faults] == [f"{path}, row {row}" for row in (1, 3, 5)]
     told = ["no such file", "'conversations' is missing", "0 <image> placeholders but 1 images"]
-    assert all(words in fault for words, fault in zip(told, index.faults, strict=True))
-    assert (index.num_images, index.bad_share) == (5, 3 / 8)
+    assert all(words in fault.cause for words, fault in zip(told, index.faults, strict=True))
+    assert [(fault.kind, fault.id) for fault in index.faults] == [("image", "r1"), ("record", ""), ("record", "")]
+    assert (index.num_images, index.bad_share, index.read) == (5, 3 / 8, 8)
 
 
-def test_lengths_are_those_of_the_examples(llava_folder: Callable[..., Path], processor: Processor) -> None:
+def test_counts_are_those_of_the_examples(llava_folder: Callable[..., Path], processor: Processor) -> None:
     index = index_of(llava_folder(6), processor)
-    for sample, length, supervised in zip(index.samples, index.lengths, index.supervised, strict=True):
-        example = processor(sample)
-        assert (len(example.input_ids), sum(label != IGNORE_INDEX for label in example.labels)) == (length, supervised)
+    for number in range(len(index)):
+        example = processor(index.sample(number))
+        supervised = sum(label != IGNORE_INDEX for label in example.labels)
+        assert (len(example.input_ids), supervised) == (index.length[number], index.supervised[number])
+    assert index.images.tolist() == [1] * 6
+    assert index.sizes.to_pylist() == [[32, 32]] * 6
+
+
+def test_a_sample_comes_back_from_its_place(llava_folder: Callable[..., Path], processor: Processor) -> None:
+    source = LlavaSource(path=spoil(llava_folder(8)))
+    index = build_index([source], processor, ROW, progress=False)
+    good = [sample for sample in source.read() if not isinstance(sample, ValueError) and sample.id != "r1"]
+    assert [index.sample(number) for number in range(len(index))] == good
+    assert [index.where(number) for number in range(len(index))] == [sample.where for sample in good]
+
+
+def test_another_sample_in_a_place_is_told(llava_folder: Callable[..., Path], processor: Processor) -> None:
+    path = llava_folder(3)
+    index = index_of(path, processor)
+    path.write_text(path.read_text().replace('"r1"', '"x1"'))
+    with pytest.raises(ValueError, match=r"row 1: holds 'x1', held 'r1' when it was indexed: the file changed"):
+        index.sample(1)
 
 
 def test_samples_that_are_cut_are_counted(llava_folder: Callable[..., Path], processor: Processor) -> None:
-    index = index_of(llava_folder(6), processor, max_length=30)
-    assert (index.truncated, index.lengths) == (6, [30] * 6)
+    whole, cut = index_of(llava_folder(6), processor), index_of(llava_folder(6), processor, max_length=30)
+    assert (cut.truncated.tolist(), cut.length.tolist()) == (list(range(6)), [30] * 6)
+    assert cut.tokens_cut == whole.length.sum() - 6 * 30
+    assert whole.tokens_cut == len(whole.truncated) == 0
 
 
 def test_samples_that_cannot_be_cut_are_faults(llava_folder: Callable[..., Path], processor: Processor) -> None:
     index = index_of(llava_folder(3), processor, max_length=4)
-    assert len(index.faults) == 3
-    assert all("raise data.seq_length" in fault for fault in index.faults)
+    assert [fault.kind for fault in index.faults] == ["length"] * 3
+    assert all("raise data.seq_length" in fault.cause for fault in index.faults)
+
+
+# ---------------------------------------------------------------- ids, kinds, filters
 
 
 def test_an_id_that_comes_again_is_told_apart(llava_folder: Callable[..., Path], processor: Processor) -> None:
     source = LlavaSource(path=llava_folder(2))
-    ids = [[sample.id for sample in build_index([source, source], processor, ROW, False).samples] for _ in range(2)]
-    assert ids == [["r0", "r1", "r0~1", "r1~1"]] * 2
+    index = build_index([source, source], processor, ROW, progress=False)
+    assert ids(index) == ["r0", "r1", "r0~1", "r1~1"]
+    assert index.sample(3).id == "r1~1"
+    assert index.source.tolist() == [0, 0, 1, 1]
+
+
+def test_a_fault_does_not_rename_the_samples_after_it(tmp_path: Path, processor: Processor) -> None:
+    path = write_llava(tmp_path, 3)
+    path.write_text(path.read_text().replace('"r0"', '"r"').replace('"r1"', '"r"').replace('"r2"', '"r"'))
+    assert ids(index_of(path, processor)) == ["r", "r~1", "r~2"]
+    (tmp_path / "images/1.png").write_bytes(b"broken")
+    assert ids(index_of(path, processor)) == ["r", "r~2"]
+
+
+NAMES = st.lists(st.sampled_from(["a", "b", "a~1", "a~2", "a~1~1", None]), max_size=12)
+
+
+@given(NAMES, st.integers(1, 3))
+@settings(deadline=None)
+def test_names_are_told_apart_whatever_they_are(names: list[str | None], chunks: int) -> None:
+    cut = [names[i::chunks] for i in range(chunks)]
+    column = pa.chunked_array([pa.array(part, pa.string()) for part in cut])
+    told, flat = told_apart(column).to_pylist(), [name for part in cut for name in part]
+    named = [name for name in told if name is not None]
+    assert len(set(named)) == len(named)
+    assert [name is None for name in told] == [name is None for name in flat]
+    assert all(new == old or new.startswith(f"{old}~") for new, old in zip(told, flat, strict=True) if old)
+    first = {name: flat.index(name) for name in flat if name}
+    assert all(told[at] == name for name, at in first.items())
+
+
+@dataclass
+class Kinds(CaptionsSource):
+    """Captions of which one is used an epoch; those that say nothing of a dog are left out."""
+
+    def kinds(self) -> dict[str, float]:
+        return {"alt": 1.0, "dense": 3.0}
+
+    def samples(self, record: Any, origin: Any) -> Iterator[Any]:
+        if "dog" not in record["captions"][0]:
+            raise Filtered("no dog")
+        for sample, kind in zip(super().samples(record, origin), self.kinds(), strict=False):
+            sample.variant = kind
+            yield sample
+
+
+def test_kinds_share_a_group_and_filters_are_no_faults(tmp_path: Path, processor: Processor) -> None:
+    write_llava(tmp_path, 5)
+    captions = [["a dog", "a brown dog"], ["a cat"], ["the dog"], ["dog", "dogs"], ["a bird"]]
+    records = [{"image": f"images/{row}.png", "captions": each} for row, each in enumerate(captions)]
+    path = tmp_path / "captions.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    kinds, plain = Kinds(path=path), CaptionsSource(path=path)
+    index = build_index([kinds, plain], processor, ROW, progress=False)
+    assert index.group[:5].tolist() == [0, 0, 1, 2, 2]
+    assert index.weight[:5].tolist() == [1, 3, 1, 1, 3]
+    assert index.group[5:].tolist() == list(range(3, 10))  # captions without kinds are samples of their own
+    assert index.weight[5:].tolist() == [1] * 7
+    assert (index.faults, dict(index.filtered), index.read) == ([], {"no dog": 2}, 14)
+    index.check(0.0)
+
+
+def test_filters_that_leave_nothing_are_named(tmp_path: Path, processor: Processor) -> None:
+    path = tmp_path / "captions.jsonl"
+    path.write_text(json.dumps({"image": "x.png", "captions": ["cat"]}) + "\n")
+    with pytest.raises(ValueError, match=r"the filters leave out every sample \(1 x no dog\)"):
+        build_index([Kinds(path=path)], processor, ROW, progress=False).check(1.0)
+
+
+# ---------------------------------------------------------------- what stops a run
 
 
 def test_too_many_faults_stop_with_the_remedy(llava_folder: Callable[..., Path], processor: Processor) -> None:
-    spoil(path := llava_folder(8))
-    index = index_of(path, processor)
+    index = index_of(spoil(llava_folder(8)), processor)
+    index.check(0.375)
     with pytest.raises(ValueError, match=r"(?s)3 of 8 records .* raise data\.max_bad_share") as caught:
         index.check(0.37)
-    assert index.faults[0] in str(caught.value)
-
-
-def test_few_faults_go_on_and_are_written_down(llava_folder: Callable[..., Path], processor: Processor) -> None:
-    spoil(path := llava_folder(8))
-    index, quarantine = index_of(path, processor), path.parent / "quarantine.jsonl"
-    index.check(0.375, quarantine)
-    assert [json.loads(line)["fault"] for line in quarantine.read_text().splitlines()] == index.faults
-
-
-def test_faults_are_written_down_before_the_run_stops(llava_folder: Callable[..., Path], processor: Processor) -> None:
-    spoil(path := llava_folder(8))
-    quarantine = path.parent / "quarantine.jsonl"
-    with pytest.raises(ValueError, match="cannot be used"):
-        index_of(path, processor).check(0.0, quarantine)
-    assert len(quarantine.read_text().splitlines()) == 3
-
-
-def test_data_without_a_fault_writes_no_quarantine(llava_folder: Callable[..., Path], processor: Processor) -> None:
-    path = llava_folder(2)
-    index_of(path, processor).check(0.0, path.parent / "quarantine.jsonl")
-    assert not (path.parent / "quarantine.jsonl").exists()
+    assert str(index.faults[0]) in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "\n\n"])
@@ -116,81 +169,84 @@ def test_a_file_of_nothing_is_told(tmp_path: Path, processor: Processor, text: s
         index_of(tmp_path / "data.json", processor).check(1.0)
 
 
-def test_an_image_that_turns_unreadable_becomes_a_hole_of_its_length(
-    llava_folder: Callable[..., Path], processor: Processor
-) -> None:
-    path = llava_folder(12)
-    index = index_of(path, processor)
-    before = list(batches(dataset_of(index), 0, 1, num_workers=0))
-    (path.parent / "images/4.png").write_bytes(b"broken")
-    after = list(batches(dataset_of(index), 0, 1, num_workers=0))
-    [(row, place)] = [(r, ids.index("r4")) for r, ids in enumerate(before[0]["sample_ids"]) if "r4" in ids]
-    starts = (before[0]["position_ids"][row] == 0).nonzero().flatten().tolist()
-    hole = (row, slice(starts[place], starts[place] + index.lengths[4]))
-    assert (after[0]["labels"][hole] == IGNORE_INDEX).all()
-    assert not (after[0]["input_ids"][hole] == processor.image_token_id).any()
-    assert [fault.partition(":")[0] for fault in after[0]["faults"]] == [f"{path}, row 4"]
-    assert after[0]["num_images"] == before[0]["num_images"] - 1
-    for key in ("input_ids", "labels"):
-        for batch in (before[0], after[0]):
-            batch[key][hole] = 0
-        assert torch.equal(before[0][key], after[0][key])
-    assert torch.equal(before[0]["position_ids"], after[0]["position_ids"])
-    assert before[0]["sample_ids"] == after[0]["sample_ids"]
+# ---------------------------------------------------------------- workers, size
 
 
-def test_batches_are_the_same_for_any_number_of_workers(
-    llava_folder: Callable[..., Path], processor: Processor
-) -> None:
-    dataset = dataset_of(index_of(llava_folder(12), processor))
-    alone, helped = (list(batches(dataset, 0, 5, workers)) for workers in (0, 2))
-    assert len(alone) == len(helped) == 5
-    for one, other in zip(alone, helped, strict=True):
-        assert_equal(one, other)
+@pytest.fixture
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers also for small files, several to a file."""
+    monkeypatch.setattr(index_jobs, "SMALL", 0)
+    monkeypatch.setattr(index_jobs, "PART", 100)
+    monkeypatch.setattr(measure, "BLOCK", 3)
 
 
-def test_a_late_start_gives_the_batches_of_an_early_one(
-    llava_folder: Callable[..., Path], processor: Processor
-) -> None:
-    index = index_of(llava_folder(12), processor)
-    early, late = list(batches(dataset_of(index), 0, 6, 0)), list(batches(dataset_of(index), 4, 6, 0))
-    for one, other in zip(early[4:], late, strict=True):
-        assert_equal(one, other)
-
-
-@pytest.mark.parametrize(("world", "rows"), [(1, 1), (1, 2), (2, 1), (2, 2), (4, 1)])
-def test_ranks_and_accumulation_share_the_same_rows(
-    llava_folder: Callable[..., Path], processor: Processor, world: int, rows: int
-) -> None:
-    index = index_of(llava_folder(12), processor)
-    [whole] = batches(dataset_of(index), 2, 3, 0)
-    shares = [dataset_of(index, Share(rank, world, rows)) for rank in range(world)]
-    parts = [part for share in shares for part in batches(share, 2, 3, 0)]
-    assert sorted(ids for part in parts for ids in part["sample_ids"]) == sorted(whole["sample_ids"])
-    assert sum(int((part["labels"] != IGNORE_INDEX).sum()) for part in parts) == int(
-        (whole["labels"] != IGNORE_INDEX).sum()
+@pytest.mark.usefixtures("eager")
+def test_the_index_is_the_same_for_any_number_of_workers(tmp_path: Path, processor: Processor) -> None:
+    paths = [spoil(write_llava(tmp_path / name, 20)) for name in ("one", "two")]
+    sources = [LlavaSource(path=path) for path in [*paths, paths[0]]]
+    folders = {workers: tmp_path / f"index{workers}" for workers in (0, 1, 2, 7)}
+    alone, *helped = (
+        build_index(sources, processor, 36, workers, folder, progress=False) for workers, folder in folders.items()
     )
-    assert sum(part["num_images"] for part in parts) == whole["num_images"]
+    assert len(alone) == 51
+    assert len(alone.faults) == 9
+    for index in helped:
+        assert contents(index) == contents(alone)
+        assert index.fingerprint() == alone.fingerprint()
+    stored = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders.values()]
+    assert len(stored[0]) == 2  # the third source is the first once more
+    assert all(files == stored[0] for files in stored[1:])
 
 
-def test_rows_that_ranks_cannot_share_are_refused(llava_folder: Callable[..., Path], processor: Processor) -> None:
-    index = index_of(llava_folder(3), processor)
-    with pytest.raises(ValueError, match="rows_per_step 4 is no multiple of 3 ranks x 1"):
-        dataset_of(index, replace(ONE_RANK, world_size=3, rows=1))
+@pytest.mark.usefixtures("eager")
+def test_a_broken_file_stops_the_index_also_in_a_worker(tmp_path: Path, processor: Processor) -> None:
+    path = write_llava(tmp_path, 9)
+    path.write_text(path.read_text()[:-30])
+    with pytest.raises(ValueError, match="is no whole JSON list"):
+        index_of(path, processor, workers=2)
 
 
-def test_a_dataset_travels_to_workers_that_are_spawned(llava_folder: Callable[..., Path], processor: Processor) -> None:
-    dataset = dataset_of(index_of(llava_folder(6), processor))
-    assert_equal(pickle.loads(pickle.dumps(dataset))[3], dataset[3])
+def test_big_shards_are_cut_only_where_workers_would_idle() -> None:
+    def parts(shards: int, size: int, workers: int) -> list[int]:
+        jobs = index_jobs.cut_jobs([(0, shard, size) for shard in range(shards)], workers)
+        return [job.parts for job in jobs]
+
+    assert parts(1, 1000 * index_jobs.PART, 8) == [8] * 8
+    assert parts(1, index_jobs.PART, 8) == [1]
+    assert parts(2, 1000 * index_jobs.PART, 5) == [2] * 4
+    assert parts(9, 1000 * index_jobs.PART, 8) == [1] * 9
+    assert parts(1, 1000 * index_jobs.PART, 0) == [1]
 
 
-def test_a_batch_of_text_alone_holds_one_blank_image(llava_folder: Callable[..., Path], processor: Processor) -> None:
-    path = llava_folder(4)
-    records = json.loads(path.read_text())
-    for record in records:
-        del record["image"]
-        record["conversations"][0]["value"] = "hello"
-    path.write_text(json.dumps(records))
-    [batch] = batches(dataset_of(index_of(path, processor)), 0, 1, 0)
-    assert (batch["num_images"], batch["pixel_values"].shape) == (0, (1, *processor.pixel_shape))
-    assert "attention_mask" not in batch
+def lines(number: int) -> pa.Table:
+    """What a shard of so many samples with one image each is measured to be."""
+    at = np.arange(number)
+    columns = {
+        "id": pc.binary_join_element_wise("GCC_train_", pc.utf8_lpad(pa.array(at).cast(pa.string()), 9, "0"), ""),
+        "start": at * 300,
+        "size": np.full(number, 300),
+        "row": at,
+        "part": np.zeros(number, np.int16),
+        "length": at % 500 + 20,
+        "supervised": at % 30 + 2,
+        "cut": np.zeros(number, np.int32),
+        "sizes": pa.ListArray.from_arrays(np.arange(0, 2 * number + 1, 2), np.full(2 * number, 640, np.int32)),
+        **{name: pa.nulls(number, pa.string()) for name in ("variant", "kind", "cause")},
+    }
+    arrays = [pa.array(column).cast(measure.SCHEMA.field(name).type) for name, column in columns.items()]
+    return pa.table(dict(zip(columns, arrays, strict=True))).cast(measure.SCHEMA)
+
+
+def test_a_million_samples_take_less_than_150_bytes_each(tmp_path: Path) -> None:
+    (tmp_path / "data.json").write_text("[]")
+    number = 1_000_000
+    index = assemble([LlavaSource(path=tmp_path / "data.json")], {(0, 0): lines(number)}, ROW)
+    held = sum(
+        value.nbytes
+        for field in fields(index)
+        if isinstance(value := getattr(index, field.name), np.ndarray | pa.Array)
+    )
+    assert len(index) == number
+    assert held < 150 * number
+    assert index.place(number - 1).start == (number - 1) * 300
+    assert index.id(7) == "GCC_train_000000007"

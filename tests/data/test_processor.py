@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from transformers import EfficientNetImageProcessor
 
-from conftest import make_processor, make_sample, picture
-from mllm.data.processor import LARGEST_SIDE, Processor
+from conftest import make_processor, make_sample, make_tokenizer, picture
+from mllm.data.processor import LARGEST_SIDE, ImageFit, Processor
 from mllm.types import IGNORE_INDEX, Mark, Message, Sample
 
 
@@ -106,11 +107,13 @@ def test_a_prompt_has_no_labels_and_begins_the_training_ids(processor: Processor
     assert torch.equal(prompt.pixel_values, example.pixel_values)
 
 
-@pytest.mark.parametrize("fit", ["native", "pad"])
+@pytest.mark.parametrize(("fit", "draft"), [("native", False), ("pad", False), ("native", True)])
 @pytest.mark.parametrize("template", ["conftest", None])
-def test_saved_and_loaded_processors_are_the_same(tmp_path: Path, fit: str, template: str | None) -> None:
+def test_saved_and_loaded_processors_are_the_same(
+    tmp_path: Path, fit: ImageFit, draft: bool, template: str | None
+) -> None:
     processor = make_processor(7) if template else make_processor(7, None)
-    processor.image_fit = fit
+    processor.image_fit, processor.jpeg_draft = fit, draft
     processor.save(tmp_path)
     loaded = Processor.load(tmp_path)
     sample = make_sample(5, num_images=2, turns=2)
@@ -119,6 +122,43 @@ def test_saved_and_loaded_processors_are_the_same(tmp_path: Path, fit: str, temp
     assert (before.input_ids, before.labels) == (after.input_ids, after.labels)
     assert torch.equal(before.pixel_values, after.pixel_values)
     assert (loaded.image_token_id, loaded.image_fit) == (processor.image_token_id, fit)
+    assert (loaded.jpeg_draft, loaded.normalisation) == (draft, processor.normalisation)
+
+
+def test_a_processor_saved_before_there_was_a_draft_is_read(tmp_path: Path) -> None:
+    make_processor(7).save(tmp_path)
+    (tmp_path / "mllm_processor.json").write_text('{"num_visual_tokens": 7, "image_fit": "pad"}')
+    loaded = Processor.load(tmp_path)
+    assert (loaded.num_visual_tokens, loaded.image_fit, loaded.jpeg_draft) == (7, "pad", False)
+
+
+def test_pixels_are_bytes_that_the_encoder_normalises_with_or_without_images(processor: Processor) -> None:
+    for images in (0, 2):
+        pixels = processor(make_sample(1, num_images=images)).pixel_values
+        assert (pixels.dtype, pixels.shape) == (torch.uint8, (images, *processor.pixel_shape))
+    own = processor.image_processor(images=[picture(1)], return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(processor.normalisation(processor.pixels([picture(1)])), own, rtol=0, atol=1e-6)
+
+
+def test_pixels_that_cannot_be_split_are_float_with_or_without_images() -> None:
+    side = {"height": 28, "width": 28}
+    peculiar = EfficientNetImageProcessor(size=side, crop_size=side, rescale_offset=True)
+    processor = Processor(make_tokenizer(), peculiar, 4)
+    assert processor.normalisation is None
+    assert processor.pixels([]).dtype == processor.pixels([picture(1)]).dtype == torch.float32
+
+
+@pytest.mark.parametrize("fit", ["native", "pad"])
+def test_draft_is_close_to_the_whole_decode_and_off_by_default(tmp_path: Path, fit: ImageFit) -> None:
+    smooth = picture(1, (8, 6)).resize((800, 600), Image.Resampling.BICUBIC)
+    smooth.save(tmp_path / "a.jpg", quality=95)
+    plain, drafting = make_processor(), make_processor()
+    plain.image_fit = drafting.image_fit = fit
+    drafting.jpeg_draft = True
+    whole, draft = plain.pixels([tmp_path / "a.jpg"]), drafting.pixels([tmp_path / "a.jpg"])
+    assert not make_processor().jpeg_draft
+    assert not torch.equal(whole, draft)
+    assert (whole.int() - draft.int()).abs().float().mean() < 4  # of 255; the most where `pad` rounds its border
 
 
 @pytest.mark.parametrize("size", [(60, 20), (20, 60), (21, 20), (30, 30)])
@@ -143,7 +183,7 @@ def test_pad_does_not_blow_a_long_image_up_to_its_square() -> None:
 @pytest.mark.parametrize("size", [(1, 1), (1, 100), (3, 100), (100, 3), (3, 3)])
 def test_tiny_images_keep_their_channels(processor: Processor, size: tuple[int, int]) -> None:
     thin, square = (processor.pixels([Image.new("RGB", each, (255, 0, 0))]) for each in (size, (28, 28)))
-    torch.testing.assert_close(thin, square)
+    assert torch.equal(thin, square)
 
 
 def test_kept_samples_are_the_same_tokens_and_pixels(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from conftest import make_llm, make_processor
+from conftest import make_llm, make_processor, picture
 from mllm.models.build import ModelConfig, build_model, visual_tokens_per_image
 from mllm.models.connectors import ConnectorConfig, LinearConnector, MLPConnector, QFormerConnector
 
@@ -73,6 +73,15 @@ def test_llm_is_the_folders_own_untouched(hub) -> None:
     assert all(torch.equal(a, b) for a, b in zip(built.parameters(), own.parameters(), strict=True))
 
 
+def test_encoder_normalises_as_the_image_processor_in_its_folder(hub) -> None:
+    whole = make_processor().image_processor(images=[picture(1)], return_tensors="pt")["pixel_values"]
+    encoder = build_model(config(hub), 384).vision_encoder
+    pixels = make_processor().pixels([picture(1)])
+    assert pixels.dtype == torch.uint8
+    torch.testing.assert_close(encoder.normalised(pixels), whole, rtol=0, atol=1e-6)
+    torch.testing.assert_close(encoder(pixels), encoder(whole), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_dtype_is_of_the_frozen_parts(hub, dtype) -> None:
     model = build_model(config(hub, dtype=dtype), 384)
@@ -91,6 +100,7 @@ def test_random_weights_need_config_files_alone(hub, tmp_path) -> None:
         (tmp_path / name).mkdir()
         shutil.copy(hub / name / "config.json", tmp_path / name)
     drawn = build_model(config(tmp_path, random_weights=True), 384)
+    assert drawn.vision_encoder.normalisation is None
     read = build_model(config(hub), 384)
     shapes = [{n: p.shape for n, p in model.named_parameters()} for model in (drawn, read)]
     assert shapes[0] == shapes[1]

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from mllm.models.vision_encoder import VisionEncoder, layer_list, num_patches
+from mllm.types import Normalisation
 
 SIZES = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
 WIDE = {**SIZES, "intermediate_size": 48}
@@ -114,6 +115,43 @@ def test_other_image_size_than_the_configs_is_a_users_mistake_in_words() -> None
     """DINOv2 takes any size: its hub config says 518 pixels, its image processor makes 224."""
     with pytest.raises(ValueError, match=r"28.*42|42.*28"):
         VisionEncoder(make("dinov2"))(torch.zeros(1, 3, 42, 42))
+
+
+NORMALISATION = Normalisation(1 / 255, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
+
+
+def raw_pixels(images: int = 2) -> torch.Tensor:
+    return torch.randint(0, 256, (images, 3, 28, 28), generator=torch.Generator().manual_seed(3)).to(torch.uint8)
+
+
+@each
+def test_bytes_are_normalised_before_the_encoder_and_floats_are_taken_as_normalised(family: str) -> None:
+    encoder = VisionEncoder(make(family), normalisation=NORMALISATION).requires_grad_(False)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (NORMALISATION.mean, NORMALISATION.std))
+    by_hand = (raw_pixels() / 255 - mean) / std
+    torch.testing.assert_close(encoder(raw_pixels()), encoder(by_hand), rtol=0, atol=1e-5)
+    assert torch.equal(encoder(by_hand), VisionEncoder(make(family)).requires_grad_(False)(by_hand))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_normalisation_stays_in_float32_whatever_the_encoder_is_cast_to(dtype: torch.dtype) -> None:
+    """Buffers would be cast with it: a mean of 0.4815 becomes 0.4824."""
+    encoder = VisionEncoder(make("clip"), normalisation=NORMALISATION)
+    before = encoder.normalised(raw_pixels())
+    after = encoder.to(dtype).normalised(raw_pixels())
+    assert after.dtype == torch.float32
+    assert torch.equal(before, after)
+
+
+def test_normalisation_is_no_part_of_the_weights() -> None:
+    assert VisionEncoder(make("clip"), normalisation=NORMALISATION).state_dict().keys() == (
+        VisionEncoder(make("clip")).state_dict().keys()
+    )
+
+
+def test_bytes_for_an_encoder_without_an_image_processor_are_refused_in_words() -> None:
+    with pytest.raises(ValueError, match=r"preprocessor_config\.json"):
+        VisionEncoder(make("clip"))(raw_pixels())
 
 
 def test_two_forwards_do_not_share_features() -> None:

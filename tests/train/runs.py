@@ -14,7 +14,7 @@ from mllm.data.formats.llava import LlavaSource
 from mllm.data.index import build_index
 from mllm.data.loader import DataConfig
 from mllm.models.multimodal import MultimodalLM
-from mllm.train.loop import TrainConfig, fit
+from mllm.train.loop import TrainConfig, fit, make_plan
 from mllm.train.trainable import LearningRates, Lora, choose_trainable
 
 SEQ_LENGTH = 96
@@ -43,7 +43,8 @@ def run(
     config = DataConfig([LlavaSource(path=data)], seq_length=SEQ_LENGTH, num_workers=0, **changes)
     index = build_index(config.sources, processor, SEQ_LENGTH, progress=False)
     train.output_dir.mkdir(parents=True, exist_ok=True)
-    fit(Accelerator(cpu=True), model, processor, index, config, train, resume)
+    plan = make_plan(index, config, train, resume)
+    fit(Accelerator(cpu=True), model, processor, index, plan, config, train, resume)
     return model
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from conftest import make_model, make_processor, write_llava
+from mllm.data import windows
 from mllm.models.connectors import LinearConnector, QFormerConnector
 from mllm.models.multimodal import MultimodalLM
 from mllm.train.checkpoint import (
@@ -47,6 +48,24 @@ def test_resume_continues_the_same_losses_bit_for_bit(tmp_path: Path, more: dict
     assert metrics(cut.output_dir) == metrics(whole.output_dir)
     assert [line[0] for line in metrics(cut.output_dir)] == list(range(1, 9))
     assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)
+
+
+def test_resume_plans_nothing_of_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At nine tenths of an epoch of many windows, only the window that is going on is packed."""
+    monkeypatch.setattr(windows, "WINDOW", 4)
+    data, train = (
+        write_llava(tmp_path, records=80),
+        settings(tmp_path / "out", steps=18, save_every=18, rows_per_step=2),
+    )
+    run(data, train)
+    state = checkpoints(train.output_dir)[-1] / "state.json"
+    assert state.stat().st_size < 1000
+    packed: list[tuple[int, int]] = []
+    samples = windows.Windows.samples
+    monkeypatch.setattr(windows.Windows, "samples", lambda self, *at: packed.append(at) or samples(self, *at))
+    train.steps = 19
+    run(data, train, resume=True)
+    assert len(set(packed)) <= 3  # of twenty
 
 
 def test_resume_of_a_run_that_was_at_its_end_changes_nothing(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -30,7 +31,7 @@ def said(path: Path, rates: LearningRates = CONNECTOR, lora: Lora | None = None)
     choose_trainable(model, rates, lora)
     index = build_index([LlavaSource(path=path)], processor, SEQ_LENGTH, progress=False)
     console = Console(record=True, width=160, file=io.StringIO())
-    preflight(console, model, rates, index, Plan(index.lengths, SEQ_LENGTH, 4), processor, steps=7)
+    preflight(console, model, rates, index, Plan.from_lengths(index.length, SEQ_LENGTH, 4), processor, steps=7)
     return console.export_text()
 
 
@@ -57,13 +58,14 @@ def test_lora_is_counted_beside_the_frozen_llm(tmp_path: Path) -> None:
 
 def test_numbers_of_the_run_and_the_first_sample_are_shown(tmp_path: Path) -> None:
     text = said(write_llava(tmp_path))
-    for words in ("12 used, 0 skipped, 0 truncated", "12 of 4 visual tokens", "7 of 4 rows", "it is 0", "filled"):
+    samples = "12 read = 12 used + 0 skipped; 0 truncated"
+    for words in (samples, "12 of 4 visual tokens", "7 of 4 rows", "28 of 96 tokens", "it is 0", "filled"):
         assert words in text
 
 
 def test_mask_marks_exactly_the_assistants_words_and_an_image_is_one_word(tmp_path: Path) -> None:
     processor = make_processor()
-    shown = mask_text(processor, indexed(tmp_path, processor).samples[2], SEQ_LENGTH)
+    shown = mask_text(processor, indexed(tmp_path, processor).sample(2), SEQ_LENGTH)
     assert shown == (
         "<|user|><image>\nwhat is 2 0?<|end|><|assistant|>[[it is 2<|end|>]]"
         "<|user|>what is 2 1?<|end|><|assistant|>[[it is 3<|end|>]]"
@@ -74,7 +76,7 @@ def test_mask_marks_exactly_the_assistants_words_and_an_image_is_one_word(tmp_pa
 def test_odd_supervised_share_stops_with_the_sample_and_its_mask(tmp_path: Path, change, words: str) -> None:
     processor = make_processor()
     index = indexed(tmp_path, processor)
-    index.supervised = [change(n) for n in index.supervised]
+    index.supervised = np.array([change(n) for n in index.supervised])
     with pytest.raises(ValueError, match=words) as raised:
         check_supervised_share(index, processor, SEQ_LENGTH)
     message = str(raised.value)
@@ -85,7 +87,7 @@ def test_odd_supervised_share_stops_with_the_sample_and_its_mask(tmp_path: Path,
 def test_one_silent_sample_among_many_is_the_one_that_is_shown(tmp_path: Path) -> None:
     processor = make_processor()
     index = indexed(tmp_path, processor)
-    index.supervised[7] = 0
+    index.supervised = np.where(np.arange(12) == 7, 0, index.supervised)
     with pytest.raises(ValueError, match=r"row 7 has no supervised token"):
         check_supervised_share(index, processor, SEQ_LENGTH)
 

@@ -1,8 +1,8 @@
-"""LLaVA's JSON: a list of `{id, image, conversations: [{from, value}, ...]}` beside a folder of images.
+"""LLaVA's JSON and ShareGPT's: `{id, image, conversations: [{from, value}, ...]}` beside a folder of images.
 
 Enters: the file and its image folder. Leaves: one `Sample` a record. `image` may be a name or a list of names, or be
-absent (text only); `from` is `human` or `gpt` (or the roles' plain names); `<image>` in a value marks an image's
-place.
+absent (text only); who speaks stands under `from` or `role`, by any of the names in `ROLES`, the words under `value`
+or `content`; `<image>` in the words marks an image's place.
 """
 
 from __future__ import annotations
@@ -12,11 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mllm.data.formats.source import Source, check, id_of, mapping, names_of, sequence, split_at_images, text_of
+from mllm.data.formats.record import check, id_of, mapping, names_of, rest, sequence, split_at_images, text_of
+from mllm.data.formats.source import Origin, Source
 from mllm.types import Mark, Message, Sample
 
-ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
-OWN_KEYS = {"id", "image", "images", "conversations"}
+ROLES = {
+    **{"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"},
+    **{"bot": "assistant", "chatgpt": "assistant", "model": "assistant"},
+}
+OWN_KEYS = {"id", "__key__", "image", "images", "conversations", "conversation", "system"}
 
 
 @dataclass
@@ -27,30 +31,37 @@ class LlavaSource(Source):
     bare: bool = False
     """Replace each user turn by its bare image, as LLaVA's first stage does: the answer is then a caption."""
 
-    def samples(self, record: Any, where: str, default_id: str) -> Iterator[Sample]:
+    @classmethod
+    def recognises(cls, record: dict[str, Any]) -> bool:
+        return isinstance(record.get("conversations") or record.get("conversation"), list)
+
+    def samples(self, record: Any, origin: Origin) -> Iterator[Sample]:
         record = mapping(record)
         names = names_of(record.get("image") or record.get("images") or None)
+        key = "conversation" if "conversation" in record and "conversations" not in record else "conversations"
+        turns = [message(mapping(turn), self.bare) for turn in sequence(record[key], key)]
+        if record.get("system"):  # LLaMA-Factory keeps it beside the turns
+            turns.insert(0, Message("system", [text_of(record["system"], "system")]))
         yield check(
             Sample(
-                id=id_of(record, default_id),
-                messages=[
-                    message(mapping(turn), self.bare) for turn in sequence(record["conversations"], "conversations")
-                ],
-                images=[self.image(name) for name in names],
-                where=where,
-                meta={key: value for key, value in record.items() if key not in OWN_KEYS},
+                id=id_of(record, origin.id),
+                messages=turns,
+                images=[self.locate(name, origin) for name in names],
+                where=origin.where,
+                meta=rest(record, OWN_KEYS),
             )
         )
 
 
 def message(turn: dict[str, Any], bare: bool = False) -> Message:
-    """One turn of a LLaVA conversation; of a `bare` user turn only the images are kept."""
-    if turn["from"] not in ROLES:
-        raise ValueError(f"unknown speaker {turn['from']!r}: expected one of {', '.join(ROLES)}")
-    content = split_at_images(text_of(turn["value"], "value"))
-    if bare and ROLES[turn["from"]] == "user":
+    """One turn of a conversation; of a `bare` user turn only the images are kept."""
+    who, said = ("role", "content") if "role" in turn and "from" not in turn else ("from", "value")
+    if turn[who] not in ROLES:
+        raise ValueError(f"unknown speaker {turn[who]!r}: expected one of {', '.join(ROLES)}")
+    role, content = ROLES[turn[who]], split_at_images(text_of(turn[said], said))
+    if bare and role == "user":
         content = [part for part in content if part is Mark.IMAGE]
-    return Message(ROLES[turn["from"]], content)
+    return Message(role, content)
 
 
 def read_llava(path: Path, image_dir: Path | None = None) -> list[Sample]:

@@ -1,8 +1,9 @@
-"""OpenAI-style chat: JSON lines of `{messages: [{role, content}]}` whose content is a string or a list of parts.
+"""OpenAI-style chat: `{messages: [{role, content}]}` whose content is a string or a list of parts.
 
-Enters: the file. Leaves: one `Sample` a line. Parts are `{type: text, text}`, `{type: image_url, image_url: {url}}`
-(or a bare string) and `{type: image, image: path}`; a path, a URL and a data URI are all images. A record may
-instead keep its images in a list `images`, with `{type: image}` parts or `<image>` in the text marking their places.
+Enters: records. Leaves: one `Sample` each. Parts are `{type: text, text}`, `{type: image_url, image_url: {url}}` (or
+a bare string) and `{type: image, image: path}`; a path, a URL and a data URI are all images, and so are bytes. A
+record may instead keep its images in a list `images` (or one as `image`), with `{type: image}` parts or `<image>` in
+the text marking their places, as TRL, LLaMA-Factory and ms-swift have it.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mllm.data.formats.source import Source, check, id_of, mapping, names_of, sequence, split_at_images, text_of
+from mllm.data.formats.record import check, id_of, mapping, names_of, rest, sequence, split_at_images, text_of
+from mllm.data.formats.source import Origin, Source
 from mllm.types import Mark, Message, Sample
 
 ROLES = ("system", "user", "assistant")
-OWN_KEYS = {"id", "messages", "images"}
+OWN_KEYS = {"id", "__key__", "messages", "images", "image"}
 
 
 @dataclass
@@ -24,19 +26,23 @@ class MessagesSource(Source):
 
     format: Literal["messages"] = "messages"
 
-    def samples(self, record: Any, where: str, default_id: str) -> Iterator[Sample]:
+    @classmethod
+    def recognises(cls, record: dict[str, Any]) -> bool:
+        return isinstance(record.get("messages"), list)
+
+    def samples(self, record: Any, origin: Origin) -> Iterator[Sample]:
         record = mapping(record)
         names: list[Any] = []
         messages = [message(mapping(turn), names) for turn in sequence(record["messages"], "messages")]
-        listed = iter(names_of(record.get("images")))
+        listed = iter(names_of(record.get("images") or record.get("image")))
         named = [name or next(listed, None) for name in names]
         yield check(
             Sample(
-                id=id_of(record, default_id),
+                id=id_of(record, origin.id),
                 messages=messages,
-                images=[self.image(name) for name in [*filter(None, named), *listed]],
-                where=where,
-                meta={key: value for key, value in record.items() if key not in OWN_KEYS},
+                images=[self.locate(name, origin) for name in [*filter(None, named), *listed]],
+                where=origin.where,
+                meta=rest(record, OWN_KEYS),
             )
         )
 
@@ -62,8 +68,8 @@ def words_or_image(part: dict[str, Any], names: list[Any]) -> list[str | Mark]:
         return words
     if part["type"] not in ("image_url", "image"):
         raise ValueError(f"unknown content part {part['type']!r}: expected text, image_url or image")
-    name = part.get("image_url") or part.get("image") or part.get("url")
-    if isinstance(name, dict):
+    name = part.get("image_url") or part.get("image") or part.get("url") or part.get("path")
+    if isinstance(name, dict) and not name.get("bytes") and not name.get("path"):
         name = name["url"]
     names.append(name)
     return [Mark.IMAGE]

@@ -1,0 +1,100 @@
+"""What the readers of all formats do with one raw record: take its parts, and say what is wrong with them.
+
+Enters: parts of a record that may be anything. Leaves: a mapping, a list, a text, or a `ValueError` that says what
+stands there instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from mllm.types import IMAGE_TOKEN, Mark, Sample
+
+
+class Filtered(ValueError):
+    """A good record that the source was told to leave out: skipped and counted, but no fault."""
+
+
+def mapping(record: Any) -> dict[str, Any]:
+    """The record itself if it is a mapping, a `ValueError` that says what it is if not."""
+    if isinstance(record, Exception):
+        raise record
+    if not isinstance(record, dict):
+        raise ValueError(f"expected a JSON object, found {str(record)[:80]!r}: write it as {{key: value}}")
+    return record
+
+
+def sequence(value: Any, key: str) -> list[Any]:
+    """The list that stands under a key, a `ValueError` that says what stands there if it is none."""
+    if not isinstance(value, list):
+        raise ValueError(f"`{key}` must be a list, found {str(value)[:80]!r}")
+    return value
+
+
+def names_of(value: Any) -> list[Any]:
+    """The images of a record: none, one or several."""
+    if value is None:
+        return []
+    return [value] if isinstance(value, str | bytes | dict) else sequence(value, "images")
+
+
+def text_of(value: Any, key: str) -> str:
+    """The words that stand under a key, a `ValueError` that says what stands there if they are none."""
+    if not isinstance(value, str):
+        raise ValueError(f"`{key}` must be text, found {str(value)[:80]!r}: write a string")
+    value.encode()  # half a surrogate pair, which JSON can spell and no tokenizer takes, is a ValueError here
+    return value
+
+
+def id_of(record: dict[str, Any], default: str) -> str:
+    """The record's own id, or the default where it has none; of a tar's record, shard and name."""
+    if record.get("id") is not None:
+        return str(record["id"])
+    return default if record.get("__key__") is None else f"{default.rpartition('/')[0]}/{record['__key__']}"
+
+
+def column(record: dict[str, Any], names: Iterable[str]) -> str | None:
+    """The first of the names that is a key of the record, in small letters or capitals; None if none is."""
+    keys = {str(key).lower(): key for key in record}
+    return next((keys[name] for name in names if name in keys), None)
+
+
+def rest(record: dict[str, Any], own: set[str]) -> dict[str, Any]:
+    """What the record holds besides: small things, no files."""
+    return {key: value for key, value in record.items() if key not in own and not isinstance(value, bytes)}
+
+
+def fault(where: str, error: Exception, record: Any = None) -> ValueError:
+    """The one form of message for a bad record: file, row, what is wrong."""
+    text = str(error)
+    if isinstance(error, KeyError):
+        found = f" (it has: {', '.join(map(str, record))[:200]})" if isinstance(record, dict) and record else ""
+        text = f"the key {error} is missing: add it, or check that `format` is this file's{found}"
+    kind = Filtered if isinstance(error, Filtered) else ValueError
+    return kind(f"{where}: {text}")
+
+
+def split_at_images(text: str) -> list[str | Mark]:
+    """`"<image>\\nWhat?"` -> `[Mark.IMAGE, "\\nWhat?"]`."""
+    parts: list[str | Mark] = []
+    for i, words in enumerate(text.split(IMAGE_TOKEN)):
+        if i:
+            parts.append(Mark.IMAGE)
+        if words:
+            parts.append(words)
+    return parts
+
+
+def check(sample: Sample) -> Sample:
+    """A sample that can be learned from: someone answers, and every placeholder has its image and the reverse."""
+    if not sample.messages:
+        raise ValueError("the conversation is empty")
+    if not any(message.role == "assistant" and message.text.strip() for message in sample.messages):
+        raise ValueError("the assistant says nothing: there is nothing to learn from")
+    marks = sum(message.num_images for message in sample.messages)
+    if marks != len(sample.images):
+        raise ValueError(
+            f"{marks} {IMAGE_TOKEN} placeholders but {len(sample.images)} images: write one placeholder for each image"
+        )
+    return sample
