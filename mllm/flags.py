@@ -49,7 +49,7 @@ def lay_over(raw: dict[str, Any], path: list[str], text: str, loader: type[yaml.
     if isinstance(place, list):
         place[position(place, last, path)] = value
     elif last in TAGS and place.get(last) != value:
-        kept = {"path", "image_dir"} if last == "format" else set()
+        kept = {"path", "image_dir", "split", "subset"} if last == "format" else set()
         for neighbour in [key for key in place if key not in kept]:
             del place[neighbour]
         place[last] = value

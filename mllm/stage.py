@@ -72,7 +72,9 @@ def build_processor(config: RunConfig) -> Processor:
     check_llm(parts)
     with named("tokenizer or image processor", f"{parts.llm} or {parts.vision_encoder}"):
         data = config.data
-        return Processor.from_hub(parts.llm, parts.vision_encoder, visual_tokens, data.image_fit, data.keep_in_memory)
+        return Processor.from_hub(
+            parts.llm, parts.vision_encoder, visual_tokens, data.image_fit, data.keep_in_memory, data.jpeg_draft
+        )
 
 
 def read_data(accelerator: Accelerator, config: RunConfig, processor: Processor) -> Index:

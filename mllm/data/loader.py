@@ -40,6 +40,8 @@ class DataConfig(Schema):
     """Several samples a row, isolated from each other; without it, one sample a row, padded to the longest."""
     image_fit: ImageFit = "native"
     """`native`: the encoder's own crop. `pad`: pad to a square with the mean colour first."""
+    jpeg_draft: bool = False
+    """Decode a JPEG of at least twice the needed size at a fraction of it: several times faster, pixels change slightly."""
     num_workers: NotNegativeInt = 2
     """Processes that read and decode ahead, and that index; 0 does it in the training process."""
     keep_in_memory: bool = False

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mllm.models.feature_cache import FeatureCache
 from mllm.models.splice import splice
 from mllm.models.vision_encoder import VisionEncoder
 
@@ -29,6 +30,8 @@ class MultimodalLM(nn.Module):
         self.connector = connector
         self.llm: Any = llm
         self.image_token_id = image_token_id
+        self.feature_cache: FeatureCache | None = None
+        """Where features of a frozen encoder are kept, if the run wants it; only training sets it."""
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, pixel_values: Tensor, num_images: int) -> Tensor:
         """[B, S], [B, S], [max(N, 1), 3, H, W] -> hidden states [B, S, D].
@@ -42,8 +45,14 @@ class MultimodalLM(nn.Module):
 
     def visual_tokens(self, pixel_values: Tensor) -> Tensor:
         """[N, 3, H, W] -> [N, V, D], through encoder and connector."""
-        features = self.vision_encoder(pixel_values)  # [N, P, Dv]
+        features = self.features(pixel_values)  # [N, P, Dv]
         return self.connector(features.to(next(self.connector.parameters()).dtype))  # [N, V, D]
+
+    def features(self, pixel_values: Tensor) -> Tensor:
+        """[N, 3, H, W] -> patch features [N, P, Dv], from the encoder or as it once gave them."""
+        if self.feature_cache:
+            return self.feature_cache(self.vision_encoder, pixel_values)
+        return self.vision_encoder(pixel_values)
 
     def embed(self, input_ids: Tensor, visual_tokens: Tensor, num_images: int) -> Tensor:
         """Token embeddings with the visual tokens in their slots [B, S, D].

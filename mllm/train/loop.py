@@ -22,6 +22,7 @@ from mllm.data.index import Index
 from mllm.data.loader import DataConfig, PlannedBatches, Share, batches
 from mllm.data.plan import Plan
 from mllm.data.processor import Processor
+from mllm.models.feature_cache import FeatureCache
 from mllm.models.multimodal import MultimodalLM
 from mllm.schema import Fraction, NotNegative, Positive, Schema
 from mllm.train.checkpoint import load_checkpoint, newest_state, save_checkpoint
@@ -66,6 +67,8 @@ class TrainConfig(Schema):
     """Of the computation; what trains is kept in float32."""
     gradient_checkpointing: bool = False
     """Recompute the LLM's layers in the backward pass: less memory, up to a third slower."""
+    feature_cache: NotNegative = 0
+    """Gigabytes of memory for features of the frozen encoder, which then sees each image once; 0 keeps none."""
     save_every: Positive | None = None
     """Steps between checkpoints; none where it is not set."""
     seed: int = 0
@@ -120,6 +123,7 @@ def fit(
     if train.gradient_checkpointing:
         model.llm.gradient_checkpointing_enable({"use_reentrant": False})
     set_mode(model)
+    model.feature_cache = make_cache(train)
     groups = parameter_groups(model, train.learning_rate, train.weight_decay)
     optimizer = make_optimizer(groups, train.optimizer)
     objective, optimizer = accelerator.prepare(NextToken(model), optimizer)
@@ -143,6 +147,19 @@ def fit(
     if accelerator.is_main_process:
         ledger.write()
     accelerator.wait_for_everyone()
+
+
+def make_cache(train: TrainConfig) -> FeatureCache | None:
+    """The cache that the settings ask for.
+
+    Raises:
+        ValueError: the encoder trains, so that its features change from step to step.
+    """
+    if not train.feature_cache:
+        return None
+    if train.learning_rate.vision_encoder is not None:
+        raise ValueError("train.feature_cache keeps features of a frozen encoder: leave out its learning rate, or this")
+    return FeatureCache(train.feature_cache)
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

@@ -1,0 +1,46 @@
+"""Patch features of a frozen encoder, kept from the first time: for sets that are seen many times.
+
+Enters: pixels [N, 3, H, W]. Leaves: the features [N, P, Dv] that the encoder itself gives, each image encoded once.
+The key of an image is a digest of its pixels, so that nothing stale can be found under it; the encoder is frozen, so
+that what is found is what would be computed.
+
+N images, P patches, Dv width of the encoder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+
+class FeatureCache:
+    """Up to `gigabytes` of features in the computer's memory; what comes later is encoded anew each time."""
+
+    def __init__(self, gigabytes: float) -> None:
+        self.room = int(gigabytes * 2**30)
+        self.kept: dict[bytes, Tensor] = {}
+
+    def __call__(self, encoder: nn.Module, pixel_values: Tensor) -> Tensor:
+        """[N, 3, H, W] -> [N, P, Dv]; only images that are not kept go through the encoder."""
+        keys = [digest(image) for image in pixel_values.cpu()]
+        first = {key: number for number, key in enumerate(keys) if key not in self.kept}
+        found = {key: self.kept[key] for key in keys if key in self.kept}
+        if first:
+            encoded = encoder(pixel_values[list(first.values())])
+            for key, features in zip(first, encoded, strict=True):
+                found[key] = features
+                self.keep(key, features)
+        return torch.stack([found[key].to(pixel_values.device) for key in keys])  # [N, P, Dv]
+
+    def keep(self, key: bytes, features: Tensor) -> None:
+        size = features.numel() * features.element_size()
+        if size <= self.room:
+            self.room -= size
+            self.kept[key] = features.cpu().clone()
+
+
+def digest(image: Tensor) -> bytes:
+    """128 bits of one image's pixels [3, H, W]: two different images never share them in practice."""
+    return hashlib.blake2b(image.contiguous().view(torch.uint8).numpy().tobytes(), digest_size=16).digest()
