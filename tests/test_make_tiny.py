@@ -5,32 +5,22 @@ One small set is drawn for all tests; they read its files, as a training run wou
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import sys
 from collections import Counter
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 from PIL import Image
 
-SCRIPT = Path(__file__).parents[1] / "data_scripts" / "make_tiny.py"
+sys.path.insert(0, str(Path(__file__).parents[1] / "data_scripts"))
+
+import make_tiny
+from shapes import questions, scenes
+
 SIZES = {"images": 60, "held_out_images": 40, "texts": 80}
-
-
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_tiny", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules["make_tiny"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-make_tiny = load_script()
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +36,12 @@ def read(path: Path) -> Any:
 
 
 def scenes_of(data: Path, split: str) -> list[list[Any]]:
-    scenes = read(data / "scenes.json")
-    return [[make_tiny.Thing(*thing) for thing in scene] for path, scene in scenes.items() if f"/{split}/" in path]
+    drawn = read(data / "scenes.json")
+    return [[scenes.Thing(*thing) for thing in scene] for path, scene in drawn.items() if f"/{split}/" in path]
 
 
 def pairs_said(path: Path) -> set[tuple[str, str]]:
-    found = re.findall(rf"({'|'.join(make_tiny.COLOURS)}) ({'|'.join(make_tiny.OUTLINES)})\b", path.read_text())
+    found = re.findall(rf"({'|'.join(scenes.COLOURS)}) ({'|'.join(scenes.OUTLINES)})\b", path.read_text())
     return set(found)
 
 
@@ -71,22 +61,22 @@ def test_another_seed_draws_other_scenes(data: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("file", ["captions.jsonl", "train.json", "plain.json", "texts.jsonl"])
 def test_held_out_pairs_are_never_said_outside_compositional(data: Path, file: str) -> None:
-    assert not pairs_said(data / file) & make_tiny.HELD_OUT
+    assert not pairs_said(data / file) & scenes.HELD_OUT
 
 
 @pytest.mark.parametrize("split", ["train", "plain"])
 def test_held_out_pairs_are_never_drawn_outside_compositional(data: Path, split: str) -> None:
-    assert not {thing.pair for scene in scenes_of(data, split) for thing in scene} & make_tiny.HELD_OUT
+    assert not {thing.pair for scene in scenes_of(data, split) for thing in scene} & scenes.HELD_OUT
 
 
 def test_every_compositional_picture_holds_a_held_out_pair(data: Path) -> None:
-    assert all(any(thing.pair in make_tiny.HELD_OUT for thing in scene) for scene in scenes_of(data, "compositional"))
+    assert all(any(thing.pair in scenes.HELD_OUT for thing in scene) for scene in scenes_of(data, "compositional"))
 
 
 def test_every_colour_and_shape_is_drawn_in_training(data: Path) -> None:
     things = [thing for scene in scenes_of(data, "train") for thing in scene]
-    assert {thing.colour for thing in things} == set(make_tiny.COLOURS)
-    assert {thing.shape for thing in things} == set(make_tiny.OUTLINES)
+    assert {thing.colour for thing in things} == set(scenes.COLOURS)
+    assert {thing.shape for thing in things} == set(scenes.OUTLINES)
 
 
 def test_pictures_are_64_by_64_rgb(data: Path) -> None:
@@ -114,11 +104,11 @@ def answered(scene: list[Any], question: str) -> str | None:
 
 @pytest.mark.parametrize("split", ["plain", "compositional"])
 def test_answers_agree_with_the_scene(data: Path, split: str) -> None:
-    scenes = read(data / "scenes.json")
+    drawn = read(data / "scenes.json")
     checked = 0
     for record in read(data / f"{split}.json"):
         question, told = (turn["value"] for turn in record["conversations"])
-        scene = [make_tiny.Thing(*thing) for thing in scenes[record["image"]]]
+        scene = [scenes.Thing(*thing) for thing in drawn[record["image"]]]
         expected = answered(scene, question.removeprefix("<image>\n"))
         assert expected in (None, told)
         checked += expected is not None
@@ -133,4 +123,4 @@ def test_yes_and_no_are_balanced(data: Path, split: str) -> None:
 
 @pytest.mark.parametrize("split", ["plain", "compositional"])
 def test_every_type_of_question_is_asked(data: Path, split: str) -> None:
-    assert {record["type"] for record in read(data / f"{split}.json")} == set(make_tiny.TYPES)
+    assert {record["type"] for record in read(data / f"{split}.json")} == set(questions.TYPES)

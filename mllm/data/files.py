@@ -20,7 +20,7 @@ from mllm.data.copies import fetched, unpacked
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".tar", ".tgz")
 PACKED = (".gz", ".bz2", ".xz")
-ABOUT = {"dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json"}
+ABOUT = {"dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json", "quarantine.jsonl"}
 """Files that speak about a data set and hold no records."""
 SPLIT = re.compile(r"(train|test|validation|valid|val|dev)(?=[-_.\d]|$)")
 """A split at the start of a file's name, as data sets on the Hub have it; or it is the name of the file's folder."""
