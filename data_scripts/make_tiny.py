@@ -20,6 +20,7 @@ from typing import Any
 
 import tyro
 from rich.progress import track
+
 from shapes.questions import Asker, Question
 from shapes.scenes import ALL_PAIRS, HELD_OUT, TRAIN_PAIRS, Scene, draw_scene, paint
 from shapes.words import captions_of, phrases_of

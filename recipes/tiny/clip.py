@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from training import Report, batches, fit, read_lines
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, PreTrainedTokenizerFast
+
+from training import Report, batches, fit, read_lines
 from vocabulary import BEGIN, END
 
 IMAGE_SIZE = 64

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from training import Report, batches, fit, read_lines
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from training import Report, batches, fit, read_lines
 
 IGNORE_INDEX = -100
 

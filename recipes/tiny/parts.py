@@ -23,6 +23,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # two trainings on two cores; a second thre
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the two processes are forked
 
 import tyro
+
 from clip import EncoderConfig, train_clip
 from llm import train_llm
 from vocabulary import train_tokenizer

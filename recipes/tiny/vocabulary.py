@@ -8,8 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from training import read_lines
 from transformers import PreTrainedTokenizerFast
+
+from training import read_lines
 
 BEGIN, PAD, END = "<|begin|>", "<|pad|>", "<|end|>"
 ROLES = ["<|system|>", "<|user|>", "<|assistant|>"]
