@@ -41,7 +41,7 @@ class DataConfig(Schema):
     image_fit: ImageFit = "native"
     """`native`: the encoder's own crop. `pad`: pad to a square with the mean colour first."""
     jpeg_draft: bool = False
-    """Decode a JPEG of at least twice the needed size at a fraction of it: several times faster, slightly other pixels."""
+    """Decode a JPEG of twice the needed size or more at a fraction of it: much faster, slightly other pixels."""
     num_workers: NotNegativeInt = 2
     """Processes that read and decode ahead, and that index; 0 does it in the training process."""
     keep_in_memory: bool = False
