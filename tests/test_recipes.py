@@ -360,21 +360,16 @@ def test_captions_of_photographs_run_through_both_stages(tmp_path: Path, hub: Pa
     photographs = Path(os.environ.get("MLLM_SHARED_DATA", ROOT.parent / "shared" / "data")) / "coco-train-sample"
     if not photographs.is_dir():
         pytest.skip(f"no {photographs}: set MLLM_SHARED_DATA to the folder that holds coco-train-sample")
-    coco = json.loads((photographs / "captions_80images.json").read_text())
-    names = {image["id"]: image["file_name"] for image in coco["images"]}
-    pairs = [(names[one["image_id"]], one["caption"].strip()) for one in coco["annotations"]]
-    captions, conversations = tmp_path / "captions.jsonl", tmp_path / "talk.json"
-    captions.write_text("".join(json.dumps({"image": name, "caption": said}) + "\n" for name, said in pairs))
-    turns = [[{"from": "human", "value": "<image>\nDescribe it."}, {"from": "gpt", "value": said}] for _, said in pairs]
-    records = [{"image": name, "conversations": talk} for (name, _), talk in zip(pairs, turns, strict=True)]
-    conversations.write_text(json.dumps(records))
-    for stage, script, form, file in (
-        ("align", "pretrain", "captions", captions),
-        ("instruct", "finetune", "llava", conversations),
+    annotations = photographs / "captions_80images.json"
+    for stage, script, source in (
+        ("align", "pretrain", {}),  # recognised by its content
+        ("instruct", "finetune", {"format": "coco", "prompt": "\nDescribe it."}),
     ):
-        path = write_config(tmp_path, hub, file, stage)
+        path = write_config(tmp_path, hub, annotations, stage)
         config = yaml.safe_load(path.read_text())
-        config["data"]["sources"] = [{"format": form, "path": str(file), "image_dir": str(photographs / "images")}]
+        config["data"]["sources"] = [
+            {"path": str(annotations), "image_dir": str(photographs / "images"), **source},
+        ]
         path.write_text(yaml.safe_dump(config))
         assert in_process(script, "--config", path) == 0
     lines = (tmp_path / "instruct" / "metrics.jsonl").read_text().splitlines()
