@@ -137,6 +137,9 @@ def explain(mistake: Any) -> str:
     where, key = ".".join(str(part) for part in mistake["loc"]), str(mistake["loc"][-1])
     if mistake["type"] not in ("unexpected_keyword_argument", "extra_forbidden"):
         return f"{where}: {mistake['msg']}"
+    if "auto" in mistake["loc"]:
+        place = where.replace(".auto.", ".")
+        return f"{place}: an option of one format: name it (`format: captions`, say) beside the option"
     near = difflib.get_close_matches(key, set(known_keys(RunConfig)), n=1)
     return f"{where}: unknown key" + (f", did you mean {near[0]!r}?" if near else "")
 

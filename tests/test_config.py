@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import yaml
 from pydantic import TypeAdapter
 
-from mllm.config import RunConfig, dump_config, load_config, parse
+from mllm.config import RunConfig, dump_config, load_config, parse, validate
 from mllm.models.connectors import LinearConnector, MLPConnector, QFormerConnector
 from mllm.train.loop import TrainConfig
 
@@ -289,3 +290,16 @@ def test_missing_yaml_ends_the_program_in_words(capsys) -> None:
         parse(["--config", "nowhere.yaml"])
     assert ended.value.code == 2
     assert "nowhere.yaml" in capsys.readouterr().err
+
+
+def test_an_option_without_its_format_is_told_to_name_it(write) -> None:
+    path = write(data={"sources": [{"path": "data.json", "bare": True}]})
+    assert "data.sources.0.bare: an option of one format: name it" in mistakes(path)
+
+
+def test_the_yaml_of_the_readme_is_valid() -> None:
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        data = validate({**yaml.safe_load(block), "train": {"output_dir": "x"}}, "README.md").data
+        assert len(data.sources) == len(data.mixture.shares)
