@@ -22,12 +22,16 @@ from mllm.data.index import Index, build_index
 from mllm.data.index_store import default_folder
 from mllm.data.plan import Plan
 from mllm.data.processor import Processor
+from mllm.data.stream import StreamPlan
+from mllm.data.stream_reader import Stream
+from mllm.data.streaming import open_stream
+from mllm.data.tally import sentence
 from mllm.models.attention import check_isolation
 from mllm.models.build import check_llm, named, visual_tokens_per_image
 from mllm.models.multimodal import MultimodalLM
 from mllm.quiet import quiet_libraries
 from mllm.train.checkpoint import FINISHED, checkpoints, save_stage
-from mllm.train.ledger import Quarantine, sentence
+from mllm.train.ledger import Quarantine
 from mllm.train.loop import deal, make_plan, num_steps
 from mllm.train.preflight import preflight
 
@@ -62,6 +66,8 @@ def start(config: RunConfig) -> Accelerator:
     accelerator = Accelerator(mixed_precision=config.train.mixed_precision, gradient_accumulation_plugin=once)
     torch.manual_seed(config.train.seed)
     console(accelerator).print(dump_config(config), highlight=False, style="dim")
+    # said, because a launcher may start one process where two were meant, without an error
+    console(accelerator).print(f"ranks: {accelerator.num_processes}, on {accelerator.device.type}")
     return accelerator
 
 
@@ -77,21 +83,23 @@ def build_processor(config: RunConfig) -> Processor:
         )
 
 
-def read_data(accelerator: Accelerator, config: RunConfig, processor: Processor) -> Index:
+def read_data(accelerator: Accelerator, config: RunConfig, processor: Processor) -> Index | Stream:
     """The index of all sources; every record that cannot be used is known from here on. One process of each machine
-    measures what is new, the others read what it wrote."""
+    measures what is new, the others read what it wrote. Or a stream, of which nothing is known."""
     data = config.data
     if not data.sources:
         raise ValueError("no data: list at least one source under data.sources")
     folder = data.index_dir or default_folder()
     with accelerator.local_main_process_first():
+        if data.stream:
+            return open_stream(data, processor, config.train.seed)
         workers = data.num_workers * accelerator.num_processes if accelerator.is_local_main_process else 0
         return build_index(
             data.sources, processor, data.seq_length, workers, folder, progress=accelerator.is_main_process
         )
 
 
-def plan_run(config: RunConfig, index: Index) -> Plan:
+def plan_run(config: RunConfig, index: Index | Stream) -> Plan | StreamPlan:
     """Which samples come in which step; stop where too many of them are bad."""
     index.check(config.data.max_bad_share)
     return make_plan(index, config.data, config.train, config.resume)
@@ -102,8 +110,8 @@ def check_run(
     config: RunConfig,
     model: MultimodalLM,
     processor: Processor,
-    index: Index,
-    plan: Plan,
+    index: Index | Stream,
+    plan: Plan | StreamPlan,
 ) -> None:
     """Tell the run before its first step; stop it where data or labels are wrong."""
     if config.data.packing:
@@ -114,7 +122,7 @@ def check_run(
     preflight(console(accelerator), model, config.train.learning_rate, index, plan, processor, steps)
 
 
-def open_stage(accelerator: Accelerator, config: RunConfig, index: Index) -> None:
+def open_stage(accelerator: Accelerator, config: RunConfig, index: Index | Stream) -> None:
     """Make the output folder ours: emptied, resumed or new; config and skipped records are written down."""
     folder = config.train.output_dir
     if accelerator.is_main_process:

@@ -27,6 +27,8 @@ from mllm.types import Message, Sample
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu"]
+TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+"""Two gloo ranks: `accelerate launch --cpu --num_processes 2` starts one process, and says nothing."""
 LLAVA15 = sorted((ROOT / "recipes" / "llava15").glob("*.yaml"))
 
 pytestmark = pytest.mark.recipe
@@ -52,10 +54,9 @@ def write_config(folder: Path, hub: Path, data: Path, stage: str, **train: Any) 
     return folder / f"{stage}.yaml"
 
 
-def launch(script: str, *arguments: object, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    command = [*LAUNCH, f"recipes/{script}.py", *map(str, arguments)]
-    command[command.index("--num_processes") + 1] = str(processes)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+def launch(script: str, *arguments: object, launcher: list[str] = LAUNCH) -> subprocess.CompletedProcess[str]:
+    command = [*launcher, f"recipes/{script}.py", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "ACCELERATE_USE_CPU": "true"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
 
 
@@ -140,8 +141,9 @@ def test_processor_of_a_stage_is_the_one_of_the_parts(trained: Path) -> None:
 
 def test_two_processes_write_the_same_losses_as_one(trained: Path, hub: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, hub, trained / "data.json", "align", save_every=2)
-    done = launch("pretrain", "--config", config, processes=2)
+    done = launch("pretrain", "--config", config, launcher=TWO)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "ranks: 2, on cpu" in done.stdout
     told = [[line["loss"] for line in lines(folder / "align")] for folder in (trained, tmp_path)]
     assert told[0] == pytest.approx(told[1], rel=1e-5)
     assert done.stdout.count("what trains") == 1  # only rank 0 speaks

@@ -21,6 +21,7 @@ from mllm.data.formats.source import Place, Source
 from mllm.data.index_jobs import cut_jobs, run_jobs, shard_bytes
 from mllm.data.measure import join_parts, mended
 from mllm.data.processor import Processor
+from mllm.data.tally import Tally
 from mllm.types import Fault, Sample
 
 SHOWN = 5
@@ -84,6 +85,18 @@ class Index:
     def bad_share(self) -> float:
         """Share of the samples that cannot be used, of those that should be."""
         return len(self.faults) / max(1, len(self.faults) + len(self))
+
+    @property
+    def tally(self) -> Tally:
+        """What became of all that was read, before any of it is used."""
+        skipped = Counter(fault.kind for fault in self.faults) + Counter(filtered=self.filtered.total())
+        return Tally(
+            read=self.read,
+            skipped=+skipped,
+            filtered=self.filtered.copy(),
+            truncated=len(self.truncated),
+            tokens_cut=self.tokens_cut,
+        )
 
     def id(self, number: int) -> str:
         return str(self.ids[number])

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -25,6 +25,11 @@ from mllm.data.processor import ImageFit, Processor
 from mllm.schema import Fraction, NotNegativeInt, Positive, Schema
 from mllm.types import IGNORE_INDEX, Batch, Example, Fault, Sample
 
+if TYPE_CHECKING:
+    from mllm.data.streaming import StreamedBatches
+
+T = TypeVar("T")
+
 
 @dataclass
 class DataConfig(Schema):
@@ -36,6 +41,9 @@ class DataConfig(Schema):
     """How much of each source an epoch draws; every sample once where nothing is set."""
     seq_length: Positive = 2048
     """Tokens of a row; longer samples are cut, never through an image."""
+    stream: bool = False
+    """Read the sources in their order while the run goes on, and never count them: for what is too much to index.
+    Needs `train.steps`, and files that lie shuffled; of the mixture, weights alone."""
     packing: bool = True
     """Several samples a row, isolated from each other; without it, one sample a row, padded to the longest."""
     image_fit: ImageFit = "native"
@@ -62,6 +70,22 @@ class Share:
     rows: int
     """Rows of one micro-batch on this rank."""
 
+    def accumulation(self, rows_per_step: int) -> int:
+        """Micro-batches of this rank in a step; a `ValueError` where they do not come out even."""
+        together = self.rows * self.world_size
+        if rows_per_step % together:
+            raise ValueError(
+                f"train.rows_per_step {rows_per_step} is no multiple of {self.world_size} ranks x "
+                f"{self.rows} rows_per_micro_batch: change one of them"
+            )
+        return rows_per_step // together
+
+    def micro_batches(self, rows: list[T]) -> Iterator[list[T]]:
+        """This rank's part of the rows of a step."""
+        mine = rows[self.rank :: self.world_size]
+        for start in range(0, len(mine), self.rows):
+            yield mine[start : start + self.rows]
+
 
 class PlannedBatches(Dataset[Batch]):
     """The micro-batches of this rank. The process that trains plans (`items`); a worker gets rows of sample numbers
@@ -70,19 +94,12 @@ class PlannedBatches(Dataset[Batch]):
     def __init__(self, index: Index, plan: Plan, processor: Processor, share: Share) -> None:
         self.index, self.plan, self.processor, self.share = index, plan, processor, share
         self.kept: dict[int, Sample] = {}
-        self.accumulation = plan.rows_per_step // (share.rows * share.world_size)
-        if self.accumulation * share.rows * share.world_size != plan.rows_per_step:
-            raise ValueError(
-                f"train.rows_per_step {plan.rows_per_step} is no multiple of {share.world_size} ranks x "
-                f"{share.rows} rows_per_micro_batch: change one of them"
-            )
+        self.accumulation = share.accumulation(plan.rows_per_step)
 
     def items(self, first_step: int, last_step: int) -> Iterator[list[list[int]]]:
         """The rows of each micro-batch, step by step."""
         for step in range(first_step, last_step):
-            mine = self.plan.rows(step)[self.share.rank :: self.share.world_size]
-            for start in range(0, len(mine), self.share.rows):
-                yield mine[start : start + self.share.rows]
+            yield from self.share.micro_batches(self.plan.rows(step))
 
     def __getitem__(self, rows: list[list[int]]) -> Batch:
         shape = self.processor.pixel_shape
@@ -123,7 +140,9 @@ def hole(fault: Fault, length: int, no_pixels: torch.Tensor) -> Example:
     return Example(fault.id, [0] * length, [IGNORE_INDEX] * length, no_pixels, fault.where, fault)
 
 
-def batches(dataset: PlannedBatches, first_step: int, last_step: int, num_workers: int) -> Iterator[Batch]:
+def batches(
+    dataset: PlannedBatches | StreamedBatches, first_step: int, last_step: int, num_workers: int
+) -> Iterator[Batch]:
     """The micro-batches of this rank from `first_step` up to, not including, `last_step`."""
     loader = DataLoader(
         dataset,

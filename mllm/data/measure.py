@@ -63,8 +63,10 @@ def measure_shard(
     for order, (place, item) in enumerate(source.scan(shard)):
         if order // BLOCK % parts != part:
             continue
-        where = source.origin(shard, place.row).where
-        line = measure(item, processor, max_length, sizes) if isinstance(item, Sample) else bad_record(item, where)
+        if isinstance(item, Sample):
+            line = measure(item, processor, max_length, sizes)
+        else:
+            line = bad_record(item, source.origin(shard, place.row).where)
         lines.append({**placed(place), **line, "order": order})
         if len(lines) == BLOCK:
             batches.append(pa.RecordBatch.from_pylist(lines, schema))

@@ -13,15 +13,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
+import numpy as np
 import torch
 
 from mllm.types import IGNORE_INDEX, Example, Row
 
 BUFFER = 64
-"""Examples that may be chosen from: enough to fill a row nearly always, few enough to search exactly."""
+"""Examples that may be chosen from: enough to fill a row nearly always, few enough to search exactly. Where a row
+takes more of them than that, as many as fill it."""
 HORIZON = 256
-"""Places in the order of arrival that the buffer may span, hence the most that an example can be delayed by."""
+"""Places in the order of arrival that an example may be delayed by."""
 
 
 def pack(lengths: Iterable[int], seq_length: int, buffer: int = BUFFER) -> list[list[int]]:
@@ -62,10 +65,12 @@ class Packer:
 
     @property
     def hungry(self) -> bool:
-        """Whether another example may come in. The span is bounded as well as the number: all that leave before an
-        example arrived less than `HORIZON` places after it."""
+        """Whether another example may come in: while the buffer has a place and does not span too much, and always
+        while all that waits fits one row, however many short examples that takes."""
         waiting = self.positions
-        return len(waiting) <= self.buffer and not (waiting and self.arrived - waiting[0] >= HORIZON)
+        if len(waiting) <= self.buffer and not (waiting and self.arrived - waiting[0] >= HORIZON):
+            return True
+        return self.buffer > 0 and sum(self.lengths) < self.seq_length
 
     def add(self, length: int) -> None:
         if length > self.seq_length:
@@ -75,9 +80,15 @@ class Packer:
         self.arrived += 1
 
     def row(self) -> list[int]:
-        """Take the oldest example and those that fill its row best; their positions, in order."""
-        group = [self.positions.pop(0)]
-        chosen = best_subset(self.lengths, self.seq_length - self.lengths.pop(0))
+        """Take what may wait no longer, the oldest example at least, and those that fill its row best; their
+        positions, in order.
+
+        What may wait no longer fits: the newest is never among it, and without the newest all that was waiting fitted.
+        """
+        due = max(1, sum(self.arrived - position > HORIZON for position in self.positions))
+        group, room = self.positions[:due], self.seq_length - sum(self.lengths[:due])
+        del self.positions[:due], self.lengths[:due]
+        chosen = best_subset(self.lengths, room)
         group += [self.positions[i] for i in chosen]
         for i in reversed(chosen):
             del self.positions[i], self.lengths[i]
@@ -113,13 +124,20 @@ def join(examples: Sequence[Example], pixel_shape: tuple[int, int, int]) -> Row:
     The row is as long as its examples are together; `collate` pads rows to one length. `pixel_shape` (3, H, W) is
     needed for rows without any image.
     """
-    labels = [[IGNORE_INDEX, *example.labels[1:]] for example in examples]
+    position_ids = torch.cat([torch.arange(len(example.input_ids)) for example in examples] or [torch.arange(0)])
+    labels = concatenated(example.labels for example in examples)
+    labels[position_ids == 0] = IGNORE_INDEX
     return Row(
-        input_ids=torch.tensor([token for example in examples for token in example.input_ids], dtype=torch.long),
-        labels=torch.tensor([label for each in labels for label in each], dtype=torch.long),
-        position_ids=torch.tensor([p for each in examples for p in range(len(each.input_ids))], dtype=torch.long),
+        input_ids=concatenated(example.input_ids for example in examples),
+        labels=labels,
+        position_ids=position_ids,
         pixel_values=torch.cat([example.pixel_values for example in examples] or [torch.empty(0, *pixel_shape)]),
         sample_ids=[example.id for example in examples],
         where=[example.where for example in examples],
         faults=[example.fault for example in examples if example.fault],
     )
+
+
+def concatenated(parts: Iterable[list[int]]) -> torch.Tensor:
+    """int64: through NumPy, four times as fast as from a list of Python's numbers."""
+    return torch.from_numpy(np.fromiter(chain.from_iterable(parts), np.int64))

@@ -40,10 +40,16 @@ class Resize:
 
     def __call__(self, image: Image.Image) -> Tensor:
         """[1, 3, H, W] uint8."""
-        image = image.resize(self.target(*image.size), self.resample)
-        if self.crop:
-            left, top = (image.width - self.crop[1]) // 2, (image.height - self.crop[0]) // 2
-            image = image.crop((left, top, left + self.crop[1], top + self.crop[0]))
+        width, height = self.target(*image.size)
+        if self.crop and width > self.crop[1]:
+            # Pillow too resizes rows first, then columns: those that are cut off need no second half
+            image = image.resize((width, image.height), self.resample)
+            left, width = (width - self.crop[1]) // 2, self.crop[1]
+            image = image.crop((left, 0, left + width, image.height))
+        image = image.resize((width, height), self.resample)
+        if self.crop and height > self.crop[0]:
+            top = (height - self.crop[0]) // 2
+            image = image.crop((0, top, width, top + self.crop[0]))
         pixels = np.empty((1, 3, image.height, image.width), np.uint8)
         for channel, band in enumerate(image.split()):
             pixels[0, channel] = np.asarray(band)

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from mllm.data import chat
 from mllm.data.images import open_image
 from mllm.data.pixels import cheapest_way, least_side
-from mllm.types import IGNORE_INDEX, IMAGE_TOKEN, Example, ImageSource, Mark, Sample
+from mllm.types import IGNORE_INDEX, IMAGE_TOKEN, Example, ImageSource, Sample
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,34 +78,37 @@ class Processor:
     def encode(self, sample: Sample, max_length: int | None = None) -> tuple[list[int], list[int]]:
         """`input_ids` and `labels` [T], expanded and cut; no image is opened."""
         input_ids, labels = chat.encode(self.tokenizer, sample.messages)
-        self.check_placeholders(sample, input_ids)
-        labels = [  # an image in the assistant's own turn is shown, not said
-            IGNORE_INDEX if t == self.image_token_id else label for t, label in zip(input_ids, labels, strict=True)
-        ]
-        input_ids, labels = self.expand(input_ids), self.expand(labels, input_ids)
+        places = self.check_placeholders(sample, input_ids)
+        for place in places:  # an image in the assistant's own turn is shown, not said
+            labels[place] = IGNORE_INDEX
+        input_ids, labels = self.expand(input_ids, places), self.expand(labels, places)
         return self.cut(sample, input_ids, labels, max_length)
 
     def prompt(self, sample: Sample) -> Example:
         """The sample as a question: tokens up to where the assistant's next words begin, no labels."""
         input_ids = chat.encode_prompt(self.tokenizer, sample.messages)
-        self.check_placeholders(sample, input_ids)
-        input_ids = self.expand(input_ids)
+        input_ids = self.expand(input_ids, self.check_placeholders(sample, input_ids))
         return Example(sample.id, input_ids, [IGNORE_INDEX] * len(input_ids), self.pixels(sample.images), sample.where)
 
-    def check_placeholders(self, sample: Sample, input_ids: list[int]) -> None:
-        """As many placeholders as images, as marked and as tokenised."""
-        marks = sum(part is Mark.IMAGE for message in sample.messages for part in message.content)
-        placeholders = input_ids.count(self.image_token_id)
-        if not marks == placeholders == len(sample.images):
+    def check_placeholders(self, sample: Sample, input_ids: list[int]) -> list[int]:
+        """Where the placeholders stand: as many as images, as marked and as tokenised."""
+        marks = sum(message.num_images for message in sample.messages)
+        places = [place for place, token in enumerate(input_ids) if token == self.image_token_id]
+        if not marks == len(places) == len(sample.images):
             raise ValueError(
-                f"{sample.where or sample.id}: {placeholders} {IMAGE_TOKEN} placeholders in the prompt, {marks} marks "
+                f"{sample.where or sample.id}: {len(places)} {IMAGE_TOKEN} placeholders in the prompt, {marks} marks "
                 f"in the messages, {len(sample.images)} images must be equal (does the text itself say {IMAGE_TOKEN}?)"
             )
+        return places
 
-    def expand(self, values: list[int], input_ids: list[int] | None = None) -> list[int]:
-        """Repeat each value V times that stands at a placeholder, one time elsewhere."""
-        times = [self.num_visual_tokens if t == self.image_token_id else 1 for t in input_ids or values]
-        return [value for value, n in zip(values, times, strict=True) for _ in range(n)]
+    def expand(self, values: list[int], places: list[int]) -> list[int]:
+        """Repeat V times each value that stands at a placeholder."""
+        expanded, start = [], 0
+        for place in places:
+            expanded += values[start:place]
+            expanded += values[place : place + 1] * self.num_visual_tokens
+            start = place + 1
+        return expanded + values[start:]
 
     def cut(
         self, sample: Sample, input_ids: list[int], labels: list[int], max_length: int | None
@@ -129,7 +132,8 @@ class Processor:
         """[n, 3, H, W] uint8, or float32 where `normalisation` is None; n may be 0."""
         if not images:
             return torch.empty(0, *self.pixel_shape, dtype=torch.uint8 if self.normalisation else torch.float32)
-        return torch.cat([self.image_pixels(image) for image in images])
+        pixels = [self.image_pixels(image) for image in images]
+        return torch.cat(pixels) if len(pixels) > 1 else pixels[0]
 
     def image_pixels(self, image: ImageSource) -> Tensor:
         """[1, 3, H, W], opened and processed, or kept from the last time."""

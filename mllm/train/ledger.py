@@ -1,8 +1,8 @@
 """What became of every sample: nothing is dropped in silence.
 
-Enters: the index with its faults, and the batches of each step, whose holes carry theirs. Leaves: a line for each
-fault in `quarantine.jsonl`, the sums in `ledger.json` (read = used + skipped), and an error once more is lost than the
-run allows. The plan never shifts: a hole keeps the place of its sample.
+Enters: the tally of an index or a stream, and the batches of each step, whose holes carry their faults. Leaves: a line
+for each fault in `quarantine.jsonl`, the sums in `ledger.json` (read = used + skipped), and an error once more is lost
+than the run allows. The plan never shifts: a hole keeps the place of its sample.
 """
 
 from __future__ import annotations
@@ -14,21 +14,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mllm.data.index import SHOWN, Index
+from mllm.data.index import SHOWN
 from mllm.data.plan import Plan
+from mllm.data.stream import StreamPlan
+from mllm.data.tally import IN_A_ROW, Tally
 from mllm.types import Batch, Fault
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-IN_A_ROW = 100
-"""Unreadable samples one after the other that stop a run whatever share it allows: a disk is gone, not a file."""
-COUNTED_CAUSES = 50
-"""Causes of filtering that the ledger tells apart, the most frequent first."""
-
 
 class Quarantine:
-    """`quarantine.jsonl`: each fault once, of the index and of the run, over all resumes of the run."""
+    """`quarantine.jsonl`: each fault once, of the index or stream and of the run, over all resumes of the run."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "quarantine.jsonl"
@@ -46,7 +43,7 @@ class Quarantine:
         return [json.loads(line) for line in whole.splitlines()]
 
     def add(self, faults: Iterable[Fault], step: int | None = None) -> None:
-        """Append what does not stand there; `step` is the one that met it, None for the index."""
+        """Append what does not stand there; `step` is the one that met it, None where reading did."""
         for fault in faults:
             line = {"id": fault.id, "where": fault.where, "cause": fault.cause, "kind": fault.kind, "step": step}
             if self.name(line) not in self.known:
@@ -63,10 +60,10 @@ class Quarantine:
 class Ledger:
     """What is lost so far, the same on every rank."""
 
-    def __init__(self, folder: Path, index: Index, max_bad_share: float) -> None:
-        self.folder, self.index, self.max_bad_share = folder, index, max_bad_share
-        self.holes: dict[str, str] = {}
-        """Samples that could not be read when their turn came: id -> class of the fault. Each counts once."""
+    def __init__(self, folder: Path, tally: Tally, max_bad_share: float) -> None:
+        self.folder, self.tally, self.max_bad_share = folder, tally, max_bad_share
+        self.met: set[str] = set()
+        """Ids of the samples that could not be read when their turn came: of an index, each counts once."""
         self.in_a_row = 0
 
     @functools.cached_property
@@ -75,16 +72,19 @@ class Ledger:
         return Quarantine(self.folder)
 
     def resume(self, accelerator: Accelerator, first_step: int) -> None:
-        """Remember what the steps before `first_step` met."""
+        """Remember what the steps before `first_step` met; a stream's position has told its tally."""
         from accelerate.utils import broadcast_object_list
 
+        if self.tally.streamed:
+            return
         found: list[dict[str, str]] = [{}]
         if accelerator.is_main_process:
             met = [line for line in self.quarantine.lines if line["step"] is not None and line["step"] <= first_step]
             found = [{line["id"]: line["kind"] for line in met}]
-        [self.holes] = broadcast_object_list(found)
+        [holes] = broadcast_object_list(found)
+        self.met, self.tally.holes = set(holes), Counter(holes.values())
 
-    def note(self, accelerator: Accelerator, block: list[Batch], plan: Plan, step: int) -> None:
+    def note(self, accelerator: Accelerator, block: list[Batch], plan: Plan | StreamPlan, step: int) -> None:
         """Collect the holes of one step from all ranks; `step` counts from 0.
 
         Raises:
@@ -96,7 +96,7 @@ class Ledger:
         if not new:
             self.in_a_row = 0
             return
-        self.holes |= {fault.id: fault.kind for fault in new}
+        self.count(new)
         if accelerator.is_main_process:
             self.quarantine.add(new, step + 1)
         bad = {fault.number for fault in new}
@@ -104,9 +104,17 @@ class Ledger:
             self.in_a_row = self.in_a_row + 1 if number in bad else 0
             if self.in_a_row == IN_A_ROW:
                 self.stop(accelerator, f"{IN_A_ROW} samples one after the other cannot be read", new)
-        if self.bad_share > self.max_bad_share:
-            told = f"{len(self.holes)} samples cannot be read beside {len(self.index.faults)} that the index left out"
+        if self.tally.too_bad(self.max_bad_share):
+            left_out = self.tally.skipped.total() - self.tally.skipped["filtered"]
+            told = f"{self.tally.holes.total()} samples cannot be read beside {left_out} that were left out before"
             self.stop(accelerator, f"{told}, more than data.max_bad_share allows ({self.max_bad_share:.1%})", new)
+
+    def count(self, new: list[Fault]) -> None:
+        """Each sample of an index once, each reading of a stream."""
+        for fault in new:
+            if self.tally.streamed or fault.id not in self.met:
+                self.met.add(fault.id)
+                self.tally.holes[fault.kind] += 1
 
     def stop(self, accelerator: Accelerator, what: str, last: list[Fault]) -> None:
         if accelerator.is_main_process:
@@ -117,35 +125,5 @@ class Ledger:
             f"all are named in {self.folder / 'quarantine.jsonl'}"
         )
 
-    @property
-    def bad_share(self) -> float:
-        """Share of the samples that are lost, of those that should be used."""
-        return (len(self.index.faults) + len(self.holes)) / max(1, len(self.index.faults) + len(self.index))
-
     def write(self) -> None:
-        (self.folder / "ledger.json").write_text(json.dumps(summary(self.index, self.holes), indent=1) + "\n")
-
-
-def summary(index: Index, holes: dict[str, str] | None = None) -> dict[str, Any]:
-    """Samples and bad records: read = used + skipped; and what cutting took away."""
-    holes = holes or {}
-    skipped = Counter(fault.kind for fault in index.faults) + Counter(holes.values())
-    if index.filtered:
-        skipped["filtered"] = index.filtered.total()
-    used = len(index) - len(holes)
-    assert index.read == used + skipped.total(), f"{index.read} read, {used} used, {skipped} skipped"
-    return {
-        "read": index.read,
-        "used": used,
-        "skipped": dict(skipped),
-        "filtered": dict(index.filtered.most_common(COUNTED_CAUSES)),
-        "truncated": {"samples": len(index.truncated), "tokens": index.tokens_cut},
-    }
-
-
-def sentence(ledger: dict[str, Any]) -> str:
-    """The ledger in one line."""
-    skipped, cut = ledger["skipped"], ledger["truncated"]
-    why = f" ({', '.join(f'{kind} {number:,}' for kind, number in skipped.items())})" if skipped else ""
-    truncated = f"{cut['samples']:,} truncated" + (f" by {cut['tokens']:,} tokens" if cut["samples"] else "")
-    return f"{ledger['read']:,} read = {ledger['used']:,} used + {sum(skipped.values()):,} skipped{why}; {truncated}"
+        (self.folder / "ledger.json").write_text(json.dumps(self.tally.summary(), indent=1) + "\n")

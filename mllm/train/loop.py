@@ -22,6 +22,9 @@ from mllm.data.index import Index
 from mllm.data.loader import DataConfig, PlannedBatches, Share, batches
 from mllm.data.plan import Plan
 from mllm.data.processor import Processor
+from mllm.data.stream import StreamPlan
+from mllm.data.stream_reader import Stream
+from mllm.data.streaming import StreamedBatches
 from mllm.models.feature_cache import FeatureCache
 from mllm.models.multimodal import MultimodalLM
 from mllm.schema import Fraction, NotNegative, Positive, Schema
@@ -74,32 +77,44 @@ class TrainConfig(Schema):
     seed: int = 0
 
 
-def make_plan(index: Index, data: DataConfig, train: TrainConfig, resume: bool = False) -> Plan:
+def make_plan(index: Index | Stream, data: DataConfig, train: TrainConfig, resume: bool = False) -> Plan | StreamPlan:
     """The plan of a run, the same on every rank; one that goes on knows from its checkpoint where it stood.
 
     Raises:
-        ValueError: the checkpoint was made with another plan.
+        ValueError: the checkpoint was made with another plan, or a stream that waited there changed.
     """
-    columns = Columns(index.length, index.images, index.source, index.group, index.weight)
-    plan = Plan(columns, data.mixture, data.seq_length, train.rows_per_step, train.seed, data.packing)
+    plan: Plan | StreamPlan
+    if isinstance(index, Stream):
+        feeds, weights = index.feeds()
+        plan = StreamPlan(feeds, data.seq_length, train.rows_per_step, weights, data.packing, index.tally)
+    else:
+        columns = Columns(index.length, index.images, index.source, index.group, index.weight)
+        plan = Plan(columns, data.mixture, data.seq_length, train.rows_per_step, train.seed, data.packing)
     position = newest_state(train.output_dir, fingerprint(index, plan))["position"] if resume else None
     return plan.at(position) if position else plan
 
 
-def fingerprint(index: Index, plan: Plan) -> str:
+def fingerprint(index: Index | Stream, plan: Plan | StreamPlan) -> str:
     """What a checkpoint's step may be trusted with: these samples in this order."""
     return f"{plan.fingerprint()}-{index.fingerprint()}"
 
 
 def deal(
-    accelerator: Accelerator, index: Index, plan: Plan, processor: Processor, train: TrainConfig
-) -> PlannedBatches:
+    accelerator: Accelerator,
+    index: Index | Stream,
+    plan: Plan | StreamPlan,
+    processor: Processor,
+    train: TrainConfig,
+) -> PlannedBatches | StreamedBatches:
     """This rank's micro-batches of the plan; a `ValueError` where the rows of a step cannot be dealt to the ranks."""
     share = Share(accelerator.process_index, accelerator.num_processes, train.rows_per_micro_batch)
+    if isinstance(plan, StreamPlan):
+        return StreamedBatches(plan, processor, share)
+    assert isinstance(index, Index)
     return PlannedBatches(index, plan, processor, share)
 
 
-def num_steps(plan: Plan, train: TrainConfig) -> int:
+def num_steps(plan: Plan | StreamPlan, train: TrainConfig) -> int:
     """Optimiser steps of the run; an epoch is packed once to count them."""
     return train.steps if train.steps is not None else plan.steps(train.epochs)
 
@@ -108,8 +123,8 @@ def fit(
     accelerator: Accelerator,
     model: MultimodalLM,
     processor: Processor,
-    index: Index,
-    plan: Plan,
+    index: Index | Stream,
+    plan: Plan | StreamPlan,
     data: DataConfig,
     train: TrainConfig,
     resume: bool = False,
@@ -130,7 +145,9 @@ def fit(
     name = fingerprint(index, plan)
     first_step = load_checkpoint(train.output_dir, model, optimizer, name) if resume else 0
     last_step = num_steps(plan, train)
-    ledger = Ledger(train.output_dir, index, data.max_bad_share)
+    ledger = Ledger(train.output_dir, index.tally, data.max_bad_share)
+    if isinstance(index, Stream) and accelerator.is_main_process:
+        index.tell = ledger.quarantine.add
     if first_step:
         ledger.resume(accelerator, first_step)
     micro_batches = batches(dataset, first_step, last_step, data.num_workers)
@@ -141,7 +158,9 @@ def fit(
             block = [next(micro_batches) for _ in range(dataset.accumulation)]
             numbers = optimise(accelerator, objective, optimizer, block, train.max_grad_norm)
             ledger.note(accelerator, block, plan, step)
-            metrics.step(step + 1, {**numbers, **plan.counts(step), **rates(optimizer), "skipped": len(ledger.holes)})
+            metrics.step(
+                step + 1, {**numbers, **plan.counts(step), **rates(optimizer), "skipped": ledger.tally.holes.total()}
+            )
             if train.save_every and (step + 1) % train.save_every == 0 and accelerator.is_main_process:
                 save_checkpoint(train.output_dir, step + 1, model, optimizer, name, plan.position(step + 1))
     if accelerator.is_main_process:

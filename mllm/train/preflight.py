@@ -1,7 +1,7 @@
 """What is printed before the first step, and what stops a run there.
 
-Enters: the model, the index, the plan and the processor. Leaves: a table of what trains, the numbers of the run, one
-sample rendered with its mask; or a `ValueError` that shows the mask, if the share of supervised tokens is odd.
+Enters: the model, the index or stream, the plan and the processor. Leaves: a table of what trains, the numbers of the
+run, one sample rendered with its mask; or a `ValueError` that shows the mask, if the share of supervised tokens is odd.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ from mllm.data import advisor
 from mllm.data.index import Index
 from mllm.data.plan import Plan
 from mllm.data.processor import Processor
+from mllm.data.stream import StreamPlan
+from mllm.data.stream_reader import Stream
+from mllm.data.streaming import Look, look
+from mllm.data.tally import sentence
 from mllm.models.multimodal import MultimodalLM
-from mllm.train.ledger import sentence, summary
 from mllm.train.trainable import LearningRates, parts
 from mllm.types import IGNORE_INDEX, Sample
 
@@ -35,21 +38,26 @@ def preflight(
     console: Console,
     model: MultimodalLM,
     rates: LearningRates,
-    index: Index,
-    plan: Plan,
+    index: Index | Stream,
+    plan: Plan | StreamPlan,
     processor: Processor,
     steps: int,
 ) -> None:
-    """Print the run; refuse it if the labels are odd."""
+    """Print the run; refuse it if the labels are odd. Of a stream the first samples are all that is known."""
     console.print(parts_table(model, rates))
-    console.print(numbers_table(index, plan, processor, steps))
-    if plan.packing and (advice := advisor.warning(index.length, plan.seq_length)):
-        console.print(Text.assemble(("warning: ", "bold yellow"), advice))
-    sample = index.sample(0)
+    known = look(index) if isinstance(index, Stream) else index
+    if isinstance(known, Look):
+        console.print(stream_table(known, plan, processor, steps))
+    else:
+        assert isinstance(plan, Plan)
+        console.print(numbers_table(known, plan, processor, steps))
+        if plan.packing and (advice := advisor.warning(known.length, plan.seq_length)):
+            console.print(Text.assemble(("warning: ", "bold yellow"), advice))
+    sample = known.sample(0)
     console.print(
         Text.assemble("first sample (supervised in green): ", render_mask(processor, sample, plan.seq_length))
     )
-    check_supervised_share(index, processor, plan.seq_length)
+    check_supervised_share(known, processor, plan.seq_length)
 
 
 def parts_table(model: MultimodalLM, rates: LearningRates) -> Table:
@@ -63,27 +71,44 @@ def parts_table(model: MultimodalLM, rates: LearningRates) -> Table:
 
 def numbers_table(index: Index, plan: Plan, processor: Processor, steps: int) -> Table:
     """The run in numbers, each with its unit."""
-    table = Table("", "", show_header=False, title="the run", title_justify="left")
-    rows: Iterable[tuple[str, str]] = (
-        ("samples", sentence(summary(index))),
+    rows = (
+        ("samples", sentence(index.tally.summary())),
         ("images", f"{index.num_images:,} of {processor.num_visual_tokens} visual tokens"),
         ("tokens", f"{index.length.sum(dtype=np.int64):,} in all samples"),
         ("supervised share", f"{supervised_share(index, processor):.1%} of the text tokens"),
         ("steps", f"{steps:,} of {plan.rows_per_step} rows"),
         ("rows", f"{steps * plan.rows_per_step:,} of {plan.seq_length} tokens, {plan.fill():.1%} filled"),
     )
+    return table_of(rows)
+
+
+def stream_table(known: Look, plan: Plan | StreamPlan, processor: Processor, steps: int) -> Table:
+    """The run in numbers, as far as a stream has them."""
+    share = f"{supervised_share(known, processor):.1%} of the text tokens of the first {len(known.items):,} samples"
+    rows = (
+        ("samples", "streamed: read in the order of their files, not counted"),
+        ("images", f"each {processor.num_visual_tokens} visual tokens"),
+        ("supervised share", share),
+        ("steps", f"{steps:,} of {plan.rows_per_step} rows"),
+        ("rows", f"{steps * plan.rows_per_step:,} of {plan.seq_length} tokens"),
+    )
+    return table_of(rows)
+
+
+def table_of(rows: Iterable[tuple[str, str]]) -> Table:
+    table = Table("", "", show_header=False, title="the run", title_justify="left")
     for row in rows:
         table.add_row(*row)
     return table
 
 
-def supervised_share(index: Index, processor: Processor) -> float:
+def supervised_share(index: Index | Look, processor: Processor) -> float:
     """Supervised tokens among those that are text."""
     text = index.length.sum(dtype=np.int64) - index.num_images * processor.num_visual_tokens
     return float(index.supervised.sum(dtype=np.int64) / max(1, text))
 
 
-def check_supervised_share(index: Index, processor: Processor, seq_length: int) -> None:
+def check_supervised_share(index: Index | Look, processor: Processor, seq_length: int) -> None:
     """Stop where the mask is wrong, and show it.
 
     Raises:

@@ -12,8 +12,9 @@ import pytest
 from conftest import make_processor, write_llava
 from mllm.data.formats.llava import LlavaSource
 from mllm.data.index import Index, build_index
+from mllm.data.tally import sentence
 from mllm.train import ledger
-from mllm.train.ledger import Quarantine, sentence, summary
+from mllm.train.ledger import Quarantine
 from mllm.types import Fault
 from runs import SEQ_LENGTH, metrics, run, settings
 
@@ -127,7 +128,9 @@ def test_the_sums_of_the_ledger_agree(tmp_path: Path) -> None:
     index = build_index([LlavaSource(path=path)], make_processor(), 30, progress=False)
     index.filtered["too small"] += 4
     assert max(index.length) <= 30 < SEQ_LENGTH
-    sums = summary(index, {"r7": "changed"})
+    tally = index.tally
+    tally.holes["changed"] += 1
+    sums = tally.summary()
     assert (sums["read"], sums["used"]) == (13, 6)
     assert sums["skipped"] == {"image": 1, "record": 1, "changed": 1, "filtered": 4}
     assert sums["truncated"]["samples"] == 7

@@ -12,8 +12,11 @@ from rich.console import Console
 from conftest import make_model, make_processor, write_llava
 from mllm.data.formats.llava import LlavaSource
 from mllm.data.index import Index, build_index
+from mllm.data.loader import DataConfig
 from mllm.data.plan import Plan
 from mllm.data.processor import Processor
+from mllm.data.streaming import look, open_stream
+from mllm.train.loop import TrainConfig, make_plan
 from mllm.train.preflight import check_supervised_share, mask_text, preflight
 from mllm.train.trainable import LearningRates, Lora, choose_trainable
 
@@ -70,6 +73,29 @@ def test_mask_marks_exactly_the_assistants_words_and_an_image_is_one_word(tmp_pa
         "<|user|><image>\nwhat is 2 0?<|end|><|assistant|>[[it is 2<|end|>]]"
         "<|user|>what is 2 1?<|end|><|assistant|>[[it is 3<|end|>]]"
     )
+
+
+def test_of_a_stream_is_told_what_its_first_samples_say(tmp_path: Path) -> None:
+    model, processor = make_model(), make_processor()
+    choose_trainable(model, CONNECTOR, None)
+    data = DataConfig([LlavaSource(path=write_llava(tmp_path))], seq_length=SEQ_LENGTH, stream=True)
+    stream = open_stream(data, processor, seed=0)
+    console = Console(record=True, width=160, file=io.StringIO())
+    preflight(console, model, CONNECTOR, stream, make_plan(stream, data, TrainConfig(tmp_path)), processor, steps=7)
+    text = console.export_text()
+    for words in ("streamed", "of the first 12 samples", "7 of 8 rows", "it is 0", "what trains"):
+        assert words in text
+    assert stream.tally.read == 0
+
+
+def test_labels_of_a_stream_that_are_odd_stop_the_run(tmp_path: Path) -> None:
+    processor = make_processor()
+    data = DataConfig([LlavaSource(path=write_llava(tmp_path))], seq_length=SEQ_LENGTH, stream=True)
+    known = look(open_stream(data, processor, seed=0))
+    check_supervised_share(known, processor, SEQ_LENGTH)
+    known.items[7].tokens[1][:] = [-100] * known.items[7].length
+    with pytest.raises(ValueError, match=r"row 7 has no supervised token"):
+        check_supervised_share(known, processor, SEQ_LENGTH)
 
 
 @pytest.mark.parametrize(("change", "words"), [(lambda n: 0, "no supervised token"), (lambda n: 10**4, "share")])

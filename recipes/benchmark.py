@@ -1,0 +1,67 @@
+"""How fast is it, beside what people use instead? A subcommand for each subject, all measured here and now.
+
+    python recipes/benchmark.py data --json OUT.json
+
+Enters: nothing; the data is drawn. Leaves: a table on the screen and, in `--json`, the numbers with the machine.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # libraries read it as they are imported
+
+import json
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.report import data_table, machine
+from mllm.quiet import quiet_libraries
+
+
+def data(
+    json_path: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+    samples: int = 256,
+    repeats: int = 11,
+    lengths: int = 20_000,
+) -> None:
+    """The data engine: loader, index and packer beside a plain loop, webdataset and other packers.
+
+    Args:
+        json_path: File to write the numbers to.
+        samples: Pictures with texts to draw and load.
+        repeats: How often each way is timed, in turn with the others.
+        lengths: Samples of each mix of lengths that are packed.
+    """
+    for name, value in {"samples": samples, "repeats": repeats, "lengths": lengths}.items():
+        if value < 1:
+            sys.exit(f"--{name} is {value}: give a positive number")
+    if not find_spec("webdataset"):
+        sys.exit("webdataset, which is measured beside, is missing: pip install webdataset")
+    quiet_libraries()
+    from benchmarks.data import measure
+
+    console = Console()
+    with console.status("starting") as status:
+        found = measure(samples, repeats, lengths, status.update)
+    finish(console, data_table(found), found, json_path)
+
+
+def finish(console: Console, table: Table, found: dict[str, Any], json_path: Path | None) -> None:
+    """Show the numbers and write them down."""
+    found["machine"] = machine()
+    console.print(table)
+    console.print("{processor}, {cores} cores, load {load[0]:.1f}".format(**found["machine"]))
+    if json_path:
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        json_path.write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    tyro.extras.subcommand_cli_from_dict({"data": data}, description=(__doc__ or "").splitlines()[0])
