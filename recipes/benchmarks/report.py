@@ -61,7 +61,7 @@ def machine() -> dict[str, Any]:
     return {
         "processor": processor_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "load": os.getloadavg() if hasattr(os, "getloadavg") else None,
+        "load": os.getloadavg(),
         "system": platform.platform(),
         "python": platform.python_version(),
         **{name: version(name) for name in LIBRARIES},
