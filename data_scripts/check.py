@@ -23,11 +23,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mllm.data.crew import cores
-from mllm.data.doctor.classes import CLASSES, WARNING
-from mllm.data.doctor.diagnosis import findings_of, first_sample, report
-from mllm.data.doctor.examination import examine
-from mllm.data.source_options import in_words, source_of
+from mllm.data.curation.crew import cores
+from mllm.data.curation.doctor.classes import CLASSES, WARNING
+from mllm.data.curation.doctor.diagnosis import findings_of, first_sample, report
+from mllm.data.curation.doctor.examination import examine
+from mllm.data.curation.source_options import in_words, source_of
 
 SHOWN = 3
 """Findings of a class in the table."""

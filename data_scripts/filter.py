@@ -25,17 +25,17 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from mllm.data.crew import cores
-from mllm.data.filters.benchmark import read_benchmark
-from mllm.data.filters.outside import Scores
-from mllm.data.filters.rules import Rules
-from mllm.data.filters.store import open_store
-from mllm.data.filters.summary import show, summarise
-from mllm.data.filters.verdict import Benchmark, decide
-from mllm.data.filters.work import kinds_for, lines_of, measure
-from mllm.data.filters.written import check_writable, whole, write_lists, write_records
-from mllm.data.shards.folder import held
-from mllm.data.source_options import in_words, source_of
+from mllm.data.curation.crew import cores
+from mllm.data.curation.filters.benchmark import read_benchmark
+from mllm.data.curation.filters.outside import Scores
+from mllm.data.curation.filters.rules import Rules
+from mllm.data.curation.filters.store import open_store
+from mllm.data.curation.filters.summary import show, summarise
+from mllm.data.curation.filters.verdict import Benchmark, decide
+from mllm.data.curation.filters.work import kinds_for, lines_of, measure
+from mllm.data.curation.filters.written import check_writable, whole, write_lists, write_records
+from mllm.data.curation.shards.folder import held
+from mllm.data.curation.source_options import in_words, source_of
 from mllm.evaluate.clip_score import ClipScorer
 from mllm.quiet import quiet_libraries
 

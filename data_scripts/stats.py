@@ -19,14 +19,14 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from mllm.data.crew import cores
+from mllm.data.curation.crew import cores
+from mllm.data.curation.source_options import in_words, source_of
+from mllm.data.curation.statistics import examples, statistics
+from mllm.data.curation.word_counter import BEGINNING, WordCounter
 from mllm.data.formats.source import Source
 from mllm.data.index import build_index
-from mllm.data.index_store import default_folder
+from mllm.data.indexing.store import default_folder
 from mllm.data.processor import Processor
-from mllm.data.source_options import in_words, source_of
-from mllm.data.statistics import examples, statistics
-from mllm.data.word_counter import BEGINNING, WordCounter
 from mllm.evaluate.data_report import write_data_report
 from mllm.evaluate.data_report.page import thumbnail
 from mllm.evaluate.data_report.words import headlines

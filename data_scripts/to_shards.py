@@ -21,12 +21,12 @@ from typing import Any
 
 import tyro
 
-from mllm.data.crew import cores
-from mllm.data.record_list import RecordList, list_records
-from mllm.data.shards.folder import QUARANTINE, check_folder, facts_of, held, prepare, write_quarantine
-from mllm.data.shards.members import layout_of
-from mllm.data.shards.writer import Settings, Stats, num_shards, read_stats, total, write_shards
-from mllm.data.source_options import in_words, source_of
+from mllm.data.curation.crew import cores
+from mllm.data.curation.record_list import RecordList, list_records
+from mllm.data.curation.shards.folder import QUARANTINE, check_folder, facts_of, held, prepare, write_quarantine
+from mllm.data.curation.shards.members import layout_of
+from mllm.data.curation.shards.writer import Settings, Stats, num_shards, read_stats, total, write_shards
+from mllm.data.curation.source_options import in_words, source_of
 
 UNREADABLE_RECORDS, UNREADABLE_IMAGES = 3, 4
 

@@ -19,13 +19,13 @@ from rich.console import Console
 
 from mllm.config import RunConfig, dump_config
 from mllm.data.index import Index, build_index
-from mllm.data.index_store import default_folder
+from mllm.data.indexing.store import default_folder
+from mllm.data.indexing.tally import sentence
 from mllm.data.plan import Plan
 from mllm.data.processor import Processor
-from mllm.data.stream import StreamPlan
-from mllm.data.stream_reader import Stream
-from mllm.data.streaming import open_stream
-from mllm.data.tally import sentence
+from mllm.data.streams.batches import open_stream
+from mllm.data.streams.plan import StreamPlan
+from mllm.data.streams.reader import Stream
 from mllm.models.attention import check_isolation
 from mllm.models.build import check_llm, named, visual_tokens_per_image
 from mllm.models.multimodal import MultimodalLM

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from conftest import picture, write_llava
-from mllm.data.doctor.classes import CLASSES
+from mllm.data.curation.doctor.classes import CLASSES
 
 SCRIPT = Path(__file__).parents[1] / "data_scripts" / "check.py"
 Checked = tuple[int, str, dict[str, Any]]

@@ -23,12 +23,12 @@ from PIL import Image, ImageOps
 from transformers import SiglipConfig, SiglipImageProcessor, SiglipModel
 
 from conftest import make_clip, make_image_processor, make_processor, make_tokenizer, picture
-from mllm.data.filters import near, text
-from mllm.data.filters.copies import first_copies, found_in
-from mllm.data.filters.look import BYTES, look, stacked
-from mllm.data.filters.measure import Blocks
-from mllm.data.filters.outside import Scores
-from mllm.data.filters.rules import LIMITS, Rules
+from mllm.data.curation.filters import near, text
+from mllm.data.curation.filters.copies import first_copies, found_in
+from mllm.data.curation.filters.look import BYTES, look, stacked
+from mllm.data.curation.filters.measure import Blocks
+from mllm.data.curation.filters.outside import Scores
+from mllm.data.curation.filters.rules import LIMITS, Rules
 from mllm.data.formats.captions import CaptionsSource
 from mllm.data.index import build_index
 from mllm.evaluate.clip_score import ClipScorer

@@ -16,12 +16,12 @@ import yaml
 from PIL import Image
 
 from conftest import IMAGE_SIZE, PATCH, make_processor, picture, write_llava
-from mllm.data import advisor
+from mllm.data.curation.statistics import histogram, statistics
+from mllm.data.curation.word_counter import BEGINNING, WordCounter
 from mllm.data.formats.llava import LlavaSource
 from mllm.data.formats.messages import MessagesSource
 from mllm.data.index import Index, build_index
-from mllm.data.statistics import histogram, statistics
-from mllm.data.word_counter import BEGINNING, WordCounter
+from mllm.data.planning import advisor
 from mllm.evaluate.data_report.charts import ticks
 from mllm.evaluate.data_report.words import short
 

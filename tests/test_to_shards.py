@@ -22,13 +22,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from conftest import make_processor, picture, write_llava
-from mllm.data.crew import run_jobs
+from mllm.data.curation.crew import run_jobs
+from mllm.data.curation.shards.members import Pictures, members_of
+from mllm.data.curation.source_options import source_of
 from mllm.data.formats.auto import AutoSource
 from mllm.data.formats.source import Source
 from mllm.data.images import open_image
 from mllm.data.index import build_index
-from mllm.data.shards.members import Pictures, members_of
-from mllm.data.source_options import source_of
 from mllm.types import Mark, Message, Sample
 
 SCRIPT = Path(__file__).parents[1] / "data_scripts" / "to_shards.py"

@@ -11,8 +11,8 @@ from bisect import bisect_left, bisect_right
 from operator import itemgetter
 from typing import TYPE_CHECKING
 
-from mllm.data.answers import render_with_spans
-from mllm.data.template import apply_template, known, special_tokens, words
+from mllm.data.talk.answers import render_with_spans
+from mllm.data.talk.template import apply_template, known, special_tokens, words
 from mllm.types import IGNORE_INDEX, Message
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import IO
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from mllm.data.image_files import describe, stream
+from mllm.data.imaging.files import describe, stream
 from mllm.types import ImageSource
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000")

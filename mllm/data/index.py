@@ -16,12 +16,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mllm.data import index_columns, index_store
 from mllm.data.formats.source import Place, Source
-from mllm.data.index_jobs import cut_jobs, run_jobs, shard_bytes
-from mllm.data.measure import join_parts, mended
+from mllm.data.indexing import columns, store
+from mllm.data.indexing.jobs import cut_jobs, run_jobs, shard_bytes
+from mllm.data.indexing.measure import join_parts, mended
+from mllm.data.indexing.tally import Tally
 from mllm.data.processor import Processor
-from mllm.data.tally import Tally
 from mllm.types import Fault, Sample
 
 SHOWN = 5
@@ -102,8 +102,8 @@ class Index:
         return str(self.ids[number])
 
     def place(self, number: int) -> Place:
-        columns = (self.shard, self.start, self.size, self.row, self.part)
-        return Place(*(int(column[number]) for column in columns))
+        numbers = (self.shard, self.start, self.size, self.row, self.part)
+        return Place(*(int(column[number]) for column in numbers))
 
     def where(self, number: int) -> str:
         """File and row, told without reading anything."""
@@ -183,23 +183,23 @@ def build_index(
         if len(parts[name]) == job.parts:
             tables[name] = join_parts([table for _, table in sorted(parts.pop(name).items())])
             if folder:
-                index_store.store(folder, facts[name], tables[name])
+                store.store(folder, facts[name], tables[name])
     return assemble(sources, tables, max_length)
 
 
 def stored_tables(
     sources: Sequence[Source], shards: list[list[Path]], processor: Processor, max_length: int, folder: Path | None
-) -> tuple[Tables, dict[tuple[int, int], index_store.Facts]]:
+) -> tuple[Tables, dict[tuple[int, int], store.Facts]]:
     """The tables that can be read back, and the facts of every shard."""
     tables: Tables = {}
-    facts: dict[tuple[int, int], index_store.Facts] = {}
+    facts: dict[tuple[int, int], store.Facts] = {}
     if folder is None:
         return tables, facts
-    run = index_store.facts_of_run(processor, max_length)
+    run = store.facts_of_run(processor, max_length)
     for number, source in enumerate(sources):
         for shard, path in enumerate(shards[number]):
-            facts[number, shard] = index_store.facts_of_shard(run, source, path)
-            table = index_store.load(folder, facts[number, shard])
+            facts[number, shard] = store.facts_of_shard(run, source, path)
+            table = store.load(folder, facts[number, shard])
             if table is not None and not mended(source, table, shard):
                 tables[number, shard] = table
     return tables, facts
@@ -207,20 +207,20 @@ def stored_tables(
 
 def assemble(sources: list[Source], tables: Tables, max_length: int) -> Index:
     """The index of all lines, in the order of sources, shards and rows."""
-    lines = index_columns.join_tables(sources, tables)
+    lines = columns.join_tables(sources, tables)
     good, bad = lines.filter(pc.is_null(lines["kind"])), lines.filter(pc.is_valid(lines["kind"]))
-    cut = index_columns.numbers(good, "cut")
+    cut = columns.numbers(good, "cut")
     sizes = good["sizes"].combine_chunks()
     return Index(
         sources=sources,
         max_length=max_length,
         ids=good["id"].combine_chunks(),
         images=np.diff(sizes.offsets.to_numpy()) // 2,
-        group=index_columns.groups(good),
+        group=columns.groups(good),
         sizes=sizes,
         truncated=np.flatnonzero(cut),
         tokens_cut=int(cut.sum()),
-        faults=index_columns.faults(sources, bad),
-        filtered=index_columns.filtered(bad),
-        **{name: index_columns.numbers(good, name) for name in COPIED},
+        faults=columns.faults(sources, bad),
+        filtered=columns.filtered(bad),
+        **{name: columns.numbers(good, name) for name in COPIED},
     )

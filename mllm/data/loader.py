@@ -18,15 +18,15 @@ from torch.utils.data import DataLoader, Dataset
 from mllm.data.collate import collate
 from mllm.data.formats import SourceConfig
 from mllm.data.index import Index
-from mllm.data.mixture import MixtureConfig
 from mllm.data.packing import join
 from mllm.data.plan import Plan
+from mllm.data.planning.mixture import MixtureConfig
 from mllm.data.processor import ImageFit, Processor
 from mllm.schema import Fraction, NotNegativeInt, Positive, Schema
 from mllm.types import IGNORE_INDEX, Batch, Example, Fault, Sample
 
 if TYPE_CHECKING:
-    from mllm.data.streaming import StreamedBatches
+    from mllm.data.streams.batches import StreamedBatches
 
 T = TypeVar("T")
 

@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from mllm.data import order
-from mllm.data.columns import Columns
-from mllm.data.mixture import MixtureConfig
 from mllm.data.packing import BUFFER, HORIZON
-from mllm.data.windows import WINDOW, Rows, Windows
+from mllm.data.planning import order
+from mllm.data.planning.columns import Columns
+from mllm.data.planning.mixture import MixtureConfig
+from mllm.data.planning.windows import WINDOW, Rows, Windows
 
 IMAGE_COST = 1000**2
 """An image costs the encoder about what a document of a thousand tokens costs in attention (a 0.4B encoder beside an

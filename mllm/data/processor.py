@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 
 from mllm.data import chat
 from mllm.data.images import open_image
-from mllm.data.pixels import cheapest_way, least_side
+from mllm.data.imaging.pixels import cheapest_way, least_side
 from mllm.types import IGNORE_INDEX, IMAGE_TOKEN, Example, ImageSource, Sample
 
 if TYPE_CHECKING:

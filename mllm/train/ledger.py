@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mllm.data.index import SHOWN
+from mllm.data.indexing.tally import IN_A_ROW, Tally
 from mllm.data.plan import Plan
-from mllm.data.stream import StreamPlan
-from mllm.data.tally import IN_A_ROW, Tally
+from mllm.data.streams.plan import StreamPlan
 from mllm.types import Batch, Fault
 
 if TYPE_CHECKING:

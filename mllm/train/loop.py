@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
-from mllm.data.columns import Columns
 from mllm.data.index import Index
 from mllm.data.loader import DataConfig, PlannedBatches, Share, batches
 from mllm.data.plan import Plan
+from mllm.data.planning.columns import Columns
 from mllm.data.processor import Processor
-from mllm.data.stream import StreamPlan
-from mllm.data.stream_reader import Stream
-from mllm.data.streaming import StreamedBatches
+from mllm.data.streams.batches import StreamedBatches
+from mllm.data.streams.plan import StreamPlan
+from mllm.data.streams.reader import Stream
 from mllm.models.feature_cache import FeatureCache
 from mllm.models.multimodal import MultimodalLM
 from mllm.schema import Fraction, NotNegative, Positive, Schema

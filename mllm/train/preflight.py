@@ -13,14 +13,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mllm.data import advisor
 from mllm.data.index import Index
+from mllm.data.indexing.tally import sentence
 from mllm.data.plan import Plan
+from mllm.data.planning import advisor
 from mllm.data.processor import Processor
-from mllm.data.stream import StreamPlan
-from mllm.data.stream_reader import Stream
-from mllm.data.streaming import Look, look
-from mllm.data.tally import sentence
+from mllm.data.streams.batches import Look, look
+from mllm.data.streams.plan import StreamPlan
+from mllm.data.streams.reader import Stream
 from mllm.models.multimodal import MultimodalLM
 from mllm.train.trainable import LearningRates, parts
 from mllm.types import IGNORE_INDEX, Sample

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from mllm.data.advisor import MULTIPLE, advise, best, fills, warning
+from mllm.data.planning.advisor import MULTIPLE, advise, best, fills, warning
 
 
 def captions(image_tokens: int, number: int = 50_000, text: float = 27.4) -> np.ndarray:

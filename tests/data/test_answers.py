@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from families import CHATML, FAMILIES, LLAMA3
-from mllm.data import answers, chat
-from mllm.data.template import known, words
+from mllm.data import chat
+from mllm.data.talk import answers
+from mllm.data.talk.template import known, words
 from mllm.types import IGNORE_INDEX, Message
 
 TOKENIZERS = {name: family.tokenizer() for name, family in FAMILIES.items()}

@@ -11,8 +11,8 @@ from threading import Thread
 
 import pytest
 
-from mllm.data import image_files
-from mllm.data.image_files import describe, download, stream
+from mllm.data.imaging import files as image_files
+from mllm.data.imaging.files import describe, download, stream
 
 Serve = Callable[[BaseHTTPRequestHandler], None]
 

@@ -15,8 +15,8 @@ import pytest
 from PIL import Image, ImageFile, features
 
 from conftest import picture
-from mllm.data.image_files import MAX_BYTES
 from mllm.data.images import image_size, open_image
+from mllm.data.imaging.files import MAX_BYTES
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 RED, WHITE = (255, 0, 0), (255, 255, 255)

@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 
 from conftest import write_llava
 from indexing import ROW, contents, ids, index_of, spoil
-from mllm.data import index_jobs, measure
 from mllm.data.formats.captions import CaptionsSource
 from mllm.data.formats.llava import LlavaSource
 from mllm.data.formats.record import Filtered
 from mllm.data.index import assemble, build_index
-from mllm.data.index_columns import told_apart
+from mllm.data.indexing import jobs as index_jobs
+from mllm.data.indexing import measure
+from mllm.data.indexing.columns import told_apart
 from mllm.data.processor import Processor
 from mllm.types import IGNORE_INDEX
 

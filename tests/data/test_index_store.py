@@ -14,7 +14,7 @@ from conftest import make_processor, picture, write_llava
 from indexing import ROW, contents, spoil
 from mllm.data.formats.llava import LlavaSource
 from mllm.data.index import Index, build_index
-from mllm.data.index_store import default_folder
+from mllm.data.indexing.store import default_folder
 from mllm.data.processor import Processor
 
 

@@ -19,8 +19,8 @@ from indexing import ROW, index_of
 from mllm.data.formats.llava import LlavaSource
 from mllm.data.index import Index, build_index
 from mllm.data.loader import DataConfig, PlannedBatches, Share, batches
-from mllm.data.mixture import MixtureConfig, SourceShare
 from mllm.data.plan import Plan
+from mllm.data.planning.mixture import MixtureConfig, SourceShare
 from mllm.data.processor import Processor
 from mllm.train.loop import TrainConfig, make_plan
 from mllm.types import IGNORE_INDEX, Batch, Fault

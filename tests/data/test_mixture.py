@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from mllm.data.mixture import Mixture, MixtureConfig, SourceShare, quotas
+from mllm.data.planning.mixture import Mixture, MixtureConfig, SourceShare, quotas
 
 DRAWS = st.lists(st.integers(0, 400), min_size=1, max_size=9).filter(any)
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mllm.data import order
-from mllm.data.order import Passes, dealt, hand_size, key_of, scramble, shuffled
+from mllm.data.planning import order
+from mllm.data.planning.order import Passes, dealt, hand_size, key_of, scramble, shuffled
 
 SIZES = st.sampled_from([1, 2, 1023, 1024, 1025, 16 * 1024, 16 * 1024 + 1, 40_000])
 

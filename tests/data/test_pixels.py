@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from conftest import picture
-from mllm.data.pixels import Resize, cheapest_way, least_side, whole
+from mllm.data.imaging.pixels import Resize, cheapest_way, least_side, whole
 from mllm.types import Normalisation
 
 SMALL = {"height": 30, "width": 30}

@@ -16,11 +16,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mllm.data import order, windows
-from mllm.data.columns import Columns
-from mllm.data.mixture import MixtureConfig, SourceShare
 from mllm.data.packing import pack
 from mllm.data.plan import Plan
+from mllm.data.planning import order, windows
+from mllm.data.planning.columns import Columns
+from mllm.data.planning.mixture import MixtureConfig, SourceShare
 
 ROW = 32
 MILLION = 1_000_000

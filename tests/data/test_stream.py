@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mllm.data.packing import BUFFER, pack
-from mllm.data.stream import Feed, Item, Spot, StreamPlan
+from mllm.data.streams.plan import Feed, Item, Spot, StreamPlan
 
 ROW = 64
 

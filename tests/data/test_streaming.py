@@ -12,16 +12,16 @@ import pytest
 import torch
 
 from conftest import make_processor, write_llava
-from mllm.data import tally
 from mllm.data.formats.captions import CaptionsSource, Kinds
 from mllm.data.formats.llava import LlavaSource
 from mllm.data.formats.source import Filtered, Source
+from mllm.data.indexing import tally
 from mllm.data.loader import DataConfig, Share, batches
-from mllm.data.mixture import MixtureConfig, SourceShare
+from mllm.data.planning.mixture import MixtureConfig, SourceShare
 from mllm.data.processor import Processor
-from mllm.data.stream import Item, StreamPlan
-from mllm.data.stream_reader import Stream
-from mllm.data.streaming import LOOKED_AT, StreamedBatches, look, open_stream
+from mllm.data.streams.batches import LOOKED_AT, StreamedBatches, look, open_stream
+from mllm.data.streams.plan import Item, StreamPlan
+from mllm.data.streams.reader import Stream
 from mllm.types import Fault
 from writers import img2dataset, json_lines, parquet, png
 

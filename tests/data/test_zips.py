@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mllm.data import zips
-from mllm.data.zips import read_member
+from mllm.data.imaging import zips
+from mllm.data.imaging.zips import read_member
 
 MOST = 10**6
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from conftest import make_model, make_processor, write_llava
-from mllm.data import windows
+from mllm.data.planning import windows
 from mllm.models.connectors import LinearConnector, QFormerConnector
 from mllm.models.multimodal import MultimodalLM
 from mllm.train.checkpoint import (

@@ -12,7 +12,7 @@ import pytest
 from conftest import make_processor, write_llava
 from mllm.data.formats.llava import LlavaSource
 from mllm.data.index import Index, build_index
-from mllm.data.tally import sentence
+from mllm.data.indexing.tally import sentence
 from mllm.train import ledger
 from mllm.train.ledger import Quarantine
 from mllm.types import Fault

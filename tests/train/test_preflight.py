@@ -15,7 +15,7 @@ from mllm.data.index import Index, build_index
 from mllm.data.loader import DataConfig
 from mllm.data.plan import Plan
 from mllm.data.processor import Processor
-from mllm.data.streaming import look, open_stream
+from mllm.data.streams.batches import look, open_stream
 from mllm.train.loop import TrainConfig, make_plan
 from mllm.train.preflight import check_supervised_share, mask_text, preflight
 from mllm.train.trainable import LearningRates, Lora, choose_trainable

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from conftest import make_processor, write_llava
 from mllm.data.formats.llava import LlavaSource
 from mllm.data.loader import DataConfig
-from mllm.data.streaming import open_stream
+from mllm.data.streams.batches import open_stream
 from mllm.train import checkpoint
 from mllm.train.checkpoint import checkpoints
 from mllm.train.loop import TrainConfig, fit, make_plan, num_steps

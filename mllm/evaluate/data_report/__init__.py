@@ -1,4 +1,4 @@
-"""What a data set is made of, to look at: one page and one picture of `mllm.data.statistics`.
+"""What a data set is made of, to look at: one page and one picture of `mllm.data.curation.statistics`.
 
 Enters: the numbers, and examples of the data. Leaves: `stats.html`, one file that needs no other, `stats.png`, and
 `stats.json`, the numbers themselves.

@@ -1,6 +1,6 @@
 """The data set as one picture: headlines, lengths, what is learned, fill of rows, image sizes, images, sources.
 
-Enters: the numbers of `mllm.data.statistics`. Leaves: a PNG in the style of the other reports.
+Enters: the numbers of `mllm.data.curation.statistics`. Leaves: a PNG in the style of the other reports.
 """
 
 from __future__ import annotations

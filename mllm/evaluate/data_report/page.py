@@ -1,6 +1,6 @@
 """The data set as one HTML file: charts inside it, no script, nothing fetched, light or dark as the reader likes.
 
-Enters: the numbers of `mllm.data.statistics`, and examples. Leaves: the text of the page. Every word that comes from
+Enters: the numbers of `mllm.data.curation.statistics`, and examples. Leaves: the page. Every word that comes from
 data passes through `escape`.
 """
 

@@ -1,6 +1,6 @@
 """The few sentences that page and picture share.
 
-Enters: the numbers of `mllm.data.statistics`. Leaves: headlines and labels.
+Enters: the numbers of `mllm.data.curation.statistics`. Leaves: headlines and labels.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""What the data scripts do: examine, count, filter, and write shards."""
