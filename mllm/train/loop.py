@@ -3,9 +3,9 @@
 Enters: a model whose trainable parts are chosen, the index of its data, the settings. Leaves: the trained model; on
 the way a line of metrics a step, and checkpoints from which the same losses go on.
 
-The loss of a step is one sum over all supervised tokens of its rows, divided by their number, on however many ranks
-and in however many micro-batches the rows are computed: the count is known, and shared, before the first backward
-pass.
+The loss of a step is one weighted sum over all supervised tokens of its rows, divided by the sum of the weights, on
+however many ranks and in however many micro-batches the rows are computed: that sum is known, and shared, before the
+first backward pass.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from mllm.models.multimodal import MultimodalLM
 from mllm.schema import Fraction, NotNegative, Positive, Schema
 from mllm.train.checkpoint import load_checkpoint, newest_state, save_checkpoint
 from mllm.train.ledger import Ledger
-from mllm.train.losses import NextToken
+from mllm.train.losses import NextToken, Reduction
 from mllm.train.metrics import Metrics
 from mllm.train.optimizer import OptimizerName, make_optimizer
 from mllm.train.schedule import Schedule, rate_factor, rates, set_rates
@@ -59,6 +59,8 @@ class TrainConfig(Schema):
     """Rows of one optimiser step over all ranks and accumulation steps: the global batch."""
     rows_per_micro_batch: Positive = 1
     """Rows that one rank computes at a time. Changes memory and speed, never the result."""
+    loss_reduction: Reduction = "token"
+    """What counts alike: every supervised token (`token`), every sample (`sample`), or their middle (`sqrt`)."""
     warmup: Fraction = 0.03
     """Share of the steps over which the rate rises from zero."""
     schedule: Schedule = "cosine"
@@ -156,7 +158,7 @@ def fit(
             torch.manual_seed(step_seed(train.seed, step, accelerator.process_index))
             set_rates(optimizer, rate_factor(step, last_step, train.warmup, train.schedule))
             block = [next(micro_batches) for _ in range(dataset.accumulation)]
-            numbers = optimise(accelerator, objective, optimizer, block, train.max_grad_norm)
+            numbers = optimise(accelerator, objective, optimizer, block, train.max_grad_norm, train.loss_reduction)
             ledger.note(accelerator, block, plan, step)
             metrics.step(
                 step + 1, {**numbers, **plan.counts(step), **rates(optimizer), "skipped": ledger.tally.holes.total()}

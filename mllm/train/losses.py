@@ -1,13 +1,15 @@
-"""The loss, as a sum over supervised positions and their count.
+"""The loss, as a weighted sum over supervised positions and the sum of the weights.
 
-Enters: a micro-batch. Leaves: the summed cross-entropy and the number of supervised tokens; whoever asked divides by
-the count of the whole global batch. Logits are computed at supervised positions only: a tensor of all positions
-times the vocabulary never exists.
+Enters: a micro-batch. Leaves: the summed cross-entropy and the sum of its weights; whoever asked divides by the
+weights of the whole global batch. Logits are computed at supervised positions only: a tensor of all positions times
+the vocabulary never exists.
 
 B rows, S tokens of a row, D width of the LLM, K supervised positions of the micro-batch.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,12 @@ from torch.nn.functional import cross_entropy
 
 from mllm.models.multimodal import MultimodalLM
 from mllm.types import IGNORE_INDEX, Batch
+
+Reduction = Literal["token", "sample", "sqrt"]
+"""What counts alike: every supervised token (`token`), every sample whatever its length (`sample`), or the middle of
+the two (`sqrt`: a sample of n supervised tokens counts sqrt(n); InternVL 2.5, arXiv 2412.05271)."""
+POWER: dict[Reduction, float] = {"token": 0.0, "sample": -1.0, "sqrt": -0.5}
+"""A token of a sample of n supervised ones weighs n to this power."""
 
 
 class NextToken(nn.Module):
@@ -25,13 +33,21 @@ class NextToken(nn.Module):
         self.model = model
 
     def forward(
-        self, input_ids: Tensor, labels: Tensor, position_ids: Tensor, pixel_values: Tensor, num_images: int
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        position_ids: Tensor,
+        pixel_values: Tensor,
+        num_images: int,
+        reduction: Reduction = "token",
     ) -> Tensor:
-        """Summed loss over the K supervised tokens, a float32 scalar; 0 with a gradient of 0 where K is 0."""
+        """Weighted sum of the loss over the K supervised tokens, a float32 scalar; 0 with a gradient of 0 where K is
+        0."""
         hidden_states = self.model(input_ids, position_ids, pixel_values, num_images)  # [B, S, D]
         where, targets = supervised(labels)
         logits = self.model.logits(hidden_states[:, :-1][where])  # [K, vocabulary]
-        return cross_entropy(logits.float(), targets, reduction="sum")
+        losses = cross_entropy(logits.float(), targets, reduction="none")  # [K]
+        return (losses * weights(labels, position_ids, reduction)).sum()
 
 
 def supervised(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,6 +56,19 @@ def supervised(labels: Tensor) -> tuple[Tensor, Tensor]:
     following = labels[:, 1:]
     where = following != IGNORE_INDEX
     return where, following[where]
+
+
+def weights(labels: Tensor, position_ids: Tensor, reduction: Reduction) -> Tensor:
+    """What each supervised position counts [K] float32. A sample is never cut into two rows, so that a micro-batch
+    knows how many supervised tokens each of its samples has; a position of 0 is where the next one begins."""
+    sample = (position_ids == 0).flatten().cumsum(0).view_as(position_ids)[:, 1:]  # [B, S-1]
+    own = sample[labels[:, 1:] != IGNORE_INDEX]  # [K]
+    return own.bincount()[own].float() ** POWER[reduction]  # [K]
+
+
+def weight_sum(batch: Batch, reduction: Reduction) -> float:
+    """What the loss of a micro-batch is worth in the global one: for `token` the number K, for `sample` the samples."""
+    return float(weights(batch["labels"], batch["position_ids"], reduction).double().sum())
 
 
 def num_supervised(batch: Batch) -> int:

@@ -86,6 +86,6 @@ def draw_loss(lines: list[dict[str, Any]], path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     axes.plot([line["step"] for line in lines], [line["loss"] for line in lines], linewidth=1.2)
-    axes.set(xlabel="step", ylabel="loss per supervised token", title=path.parent.name)
+    axes.set(xlabel="step", ylabel="loss", title=path.parent.name)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)

@@ -2,8 +2,9 @@
 
 Enters: the wrapped objective and this rank's block of micro-batches. Leaves: updated weights and the step's numbers.
 
-The supervised tokens of the global batch are counted first; every micro-batch then contributes its plain sum divided
-by that one number. Splitting the step otherwise (ranks, accumulation, packing) changes nothing but rounding.
+The weights of all supervised tokens of the global batch are summed first; every micro-batch then contributes its
+weighted sum divided by that one number. Splitting the step otherwise (ranks, accumulation, packing) changes nothing but
+rounding.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from mllm.train.losses import model_inputs, num_supervised
+from mllm.train.losses import Reduction, model_inputs, num_supervised, weight_sum
 from mllm.types import Batch
 
 if TYPE_CHECKING:
@@ -27,38 +28,40 @@ def optimise(
     optimizer: torch.optim.Optimizer,
     block: list[Batch],
     max_grad_norm: float,
+    reduction: Reduction = "token",
 ) -> dict[str, Any]:
     """Forward, backward, clip, update.
 
     Returns:
-        loss per supervised token, their number over all ranks, and the norm of the gradient before clipping.
+        loss per unit of weight (per supervised token, for `token`), the number of supervised tokens over all ranks,
+        and the norm of the gradient before clipping.
 
     Raises:
         ValueError: from the model, with the samples of the micro-batch named.
     """
-    total = global_sum(accelerator, sum(map(num_supervised, block)))
+    total = global_sum(accelerator, sum(weight_sum(batch, reduction) for batch in block)) or 1.0  # no token, no loss
     # DDP and ZeRO average gradients over ranks: the world size makes a sum of it
-    scale = accelerator.num_processes / max(1.0, total)
+    scale = accelerator.num_processes / total
     summed = 0.0
     for i, batch in enumerate(block):
         with accelerator.no_sync(objective) if i < len(block) - 1 else nullcontext():
-            loss = forward(accelerator, objective, batch)
+            loss = forward(accelerator, objective, batch, reduction)
             accelerator.backward(loss * scale)
         summed += float(loss.detach())
     grad_norm = accelerator.clip_grad_norm_(objective.parameters(), max_grad_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return {
-        "loss": global_sum(accelerator, summed) / max(1.0, total),
-        "supervised_tokens": int(total),
+        "loss": global_sum(accelerator, summed) / total,
+        "supervised_tokens": int(global_sum(accelerator, sum(map(num_supervised, block)))),
         "grad_norm": float(grad_norm),
     }
 
 
-def forward(accelerator: Accelerator, objective: nn.Module, batch: Batch) -> torch.Tensor:
-    """The summed loss of one micro-batch; an error names whose it is."""
+def forward(accelerator: Accelerator, objective: nn.Module, batch: Batch, reduction: Reduction) -> torch.Tensor:
+    """The weighted sum of one micro-batch; an error names whose it is."""
     try:
-        return objective(**model_inputs(batch, accelerator.device))
+        return objective(**model_inputs(batch, accelerator.device), reduction=reduction)
     except ValueError as error:
         raise ValueError(f"{error}. In the micro-batch of {', '.join(batch['where'])}") from error
 

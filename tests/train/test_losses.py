@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -9,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from conftest import make_model, make_processor, make_sample
 from mllm.data.collate import collate
 from mllm.data.packing import join
-from mllm.train.losses import NextToken, model_inputs, num_supervised, supervised
+from mllm.train.losses import NextToken, Reduction, model_inputs, num_supervised, supervised, weight_sum
 from mllm.types import IGNORE_INDEX, Batch
 
 CPU, SHAPE = torch.device("cpu"), (3, 28, 28)
@@ -72,3 +74,26 @@ def test_padding_to_a_longer_row_changes_no_loss(family: str) -> None:
         for name, fill in (("input_ids", 0), ("labels", IGNORE_INDEX), ("position_ids", 0)):
             inputs[name] = torch.nn.functional.pad(inputs[name], (0, 24), value=fill)
         torch.testing.assert_close(NextToken(model)(**inputs), short, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("reduction", "by_definition"),
+    [("token", sum), ("sample", len), ("sqrt", lambda counts: sum(n**0.5 for n in counts))],
+)
+def test_weights_of_a_packed_row_are_those_of_its_samples(reduction: Reduction, by_definition: Any) -> None:
+    processor = make_processor()
+    examples = [processor(make_sample(i, num_images=i % 3, extra="word " * i)) for i in range(4)]
+    counts = [num_supervised(collate([join([example], SHAPE)], SHAPE)) for example in examples]
+    packed = collate([join(examples[:3], SHAPE), join(examples[3:], SHAPE)], SHAPE)
+    assert len(set(counts)) > 1
+    assert weight_sum(packed, reduction) == pytest.approx(by_definition(counts), rel=1e-6)
+
+
+def test_every_sample_counts_alike_where_samples_are_averaged() -> None:
+    processor, model = make_processor(), make_model()
+    alone = [collate([join([processor(make_sample(i, extra="word " * (9 * i)))], SHAPE)], SHAPE) for i in range(3)]
+    packed = collate([join([processor(make_sample(i, extra="word " * (9 * i))) for i in range(3)], SHAPE)], SHAPE)
+    means = [NextToken(model)(**model_inputs(one, CPU)) / num_supervised(one) for one in alone]
+    torch.testing.assert_close(
+        NextToken(model)(**model_inputs(packed, CPU), reduction="sample"), sum(means), rtol=1e-5, atol=0
+    )
