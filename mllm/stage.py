@@ -30,6 +30,7 @@ from mllm.models.attention import check_isolation
 from mllm.models.build import check_llm, named, visual_tokens_per_image
 from mllm.models.multimodal import MultimodalLM
 from mllm.quiet import quiet_libraries
+from mllm.train import zero
 from mllm.train.checkpoint import FINISHED, checkpoints, save_stage
 from mllm.train.ledger import Quarantine
 from mllm.train.loop import deal, make_plan, num_steps
@@ -63,7 +64,14 @@ def start(config: RunConfig) -> Accelerator:
     quiet_libraries()
     # the step counts its micro-batches itself: a number from `accelerate launch` would divide the gradient once more
     once = GradientAccumulationPlugin(num_steps=1)
-    accelerator = Accelerator(mixed_precision=config.train.mixed_precision, gradient_accumulation_plugin=once)
+    accelerator = Accelerator(
+        mixed_precision=config.train.mixed_precision,
+        gradient_accumulation_plugin=once,
+        kwargs_handlers=zero.process_group(),
+    )
+    zero.confirm(accelerator)
+    zero.build_whole()
+    zero.check(accelerator, config.train)
     torch.manual_seed(config.train.seed)
     console(accelerator).print(dump_config(config), highlight=False, style="dim")
     # said, because a launcher may start one process where two were meant, without an error
@@ -137,8 +145,9 @@ def open_stage(accelerator: Accelerator, config: RunConfig, index: Index | Strea
 
 def close_stage(accelerator: Accelerator, config: RunConfig, model: MultimodalLM, processor: Processor) -> None:
     """Write the stage folder."""
-    if accelerator.is_main_process:
-        save_stage(config.train.output_dir, model, processor, dump_config(config))
+    is_main = accelerator.is_main_process
+    save_stage(config.train.output_dir, model, processor, dump_config(config), is_main)
+    if is_main:
         ledger = json.loads((config.train.output_dir / "ledger.json").read_text())
         console(accelerator).print(f"samples: {sentence(ledger)}\n[bold green]finished[/]: {config.train.output_dir}")
     accelerator.wait_for_everyone()

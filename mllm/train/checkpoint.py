@@ -6,7 +6,8 @@ Stage folder: `config.yaml`, `connector.safetensors`, `adapter/` (LoRA, peft's o
 copied.
 
 Checkpoint `checkpoints/step-N/`: what trains, the optimiser's moments, the step. Both are written
-beside their place and renamed into it, so that a folder of that name is whole.
+beside their place and renamed into it, so that a folder of that name is whole. Neither depends on how many ranks
+there were or how DeepSpeed cut the tensors up: every rank calls, the main one writes.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mllm.models.multimodal import MultimodalLM
+from mllm.train.shards import load_moments, moments, whole
 from mllm.train.trainable import trained_weights
 
 if TYPE_CHECKING:
@@ -33,26 +35,29 @@ KEEP = 2
 """Checkpoints kept: the newest, and one more in case the disk spoils it."""
 
 
-def save_stage(folder: Path, model: MultimodalLM, processor: Processor, config_yaml: str) -> None:
+def save_stage(folder: Path, model: MultimodalLM, processor: Processor, config_yaml: str, is_main: bool = True) -> None:
     """Write the stage folder; `FINISHED` comes last."""
-    (folder / "config.yaml").write_text(config_yaml)
-    processor.save(folder / "processor")
+    if is_main:
+        (folder / "config.yaml").write_text(config_yaml)
+        processor.save(folder / "processor")
     for name in ("vision_encoder", "llm"):
-        save_part(folder, name, getattr(model, name))
-    save_whole(model.connector, folder / FINISHED)
+        save_part(folder, name, getattr(model, name), is_main)
+    save_whole(model.connector, folder / FINISHED, is_main)
 
 
-def save_part(folder: Path, name: str, part: nn.Module) -> None:
+def save_part(folder: Path, name: str, part: nn.Module, is_main: bool = True) -> None:
     """An LLM's adapter, and the whole part if it differs from its Hub id; nothing for a frozen one."""
     from peft import PeftModel
 
     differs = getattr(part, "differs_from_hub", False)
     if isinstance(part, PeftModel):
-        part.save_pretrained(str(folder / "adapter"))
+        adapter = whole({name: p for name, p in part.named_parameters() if ".lora_" in name}, is_main)
+        if is_main:
+            part.save_pretrained(str(folder / "adapter"), state_dict=adapter)
     else:
         differs = differs or any(p.requires_grad for p in part.parameters())
     if differs:
-        save_tensors(without_adapter(part), folder / f"{name}.safetensors")
+        save_tensors(whole(without_adapter(part), is_main), folder / f"{name}.safetensors", is_main)
 
 
 def without_adapter(part: nn.Module) -> dict[str, torch.Tensor]:
@@ -64,16 +69,17 @@ def without_adapter(part: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def save_whole(module: nn.Module, path: Path) -> None:
+def save_whole(module: nn.Module, path: Path, is_main: bool = True) -> None:
     """Every parameter once (tied ones under their first name)."""
-    save_tensors(dict(module.named_parameters()), path)
+    save_tensors(whole(dict(module.named_parameters()), is_main), path, is_main)
 
 
-def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path, is_main: bool = True) -> None:
     """Through a file beside it, so that a file of that name is whole."""
-    beside = path.with_suffix(".partial")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, str(beside))
-    beside.rename(path)
+    if is_main:
+        beside = path.with_suffix(".partial")
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(beside))
+        beside.rename(path)
 
 
 def load_stage(model: MultimodalLM, folder: Path) -> None:
@@ -126,16 +132,23 @@ def save_checkpoint(
     step: int,
     model: MultimodalLM,
     optimizer: torch.optim.Optimizer,
+    trained: list[nn.Parameter],
     fingerprint: str,
     position: dict[str, Any] | None = None,
+    is_main: bool = True,
 ) -> None:
-    """Everything needed to go on after `step` steps as if nothing had happened. `position` is the plan's: what it
-    worked out so far, so that a late step is found at once."""
+    """Everything needed to go on after `step` steps as if nothing had happened. `trained` are the parameters in the
+    order of the optimiser's groups; `position` is the plan's: what it worked out so far, so that a late step is found
+    at once."""
+    weights = whole(dict(trained_weights(model)), is_main)
+    state = moments(optimizer, trained, step, is_main)
+    if not is_main:
+        return
     beside = folder / "checkpoints" / f".partial-{step}"
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    save_tensors(trained_weights(model), beside / "trained.safetensors")
-    torch.save(optimizer.state_dict(), beside / "optimizer.pt")
+    save_tensors(weights, beside / "trained.safetensors")
+    torch.save(state, beside / "optimizer.pt")
     (beside / "state.json").write_text(json.dumps({"step": step, "plan": fingerprint, "position": position}))
     for file in beside.iterdir():
         with file.open("rb") as written:
@@ -147,8 +160,9 @@ def save_checkpoint(
         shutil.rmtree(old)
 
 
-def load_checkpoint(folder: Path, model: MultimodalLM, optimizer: torch.optim.Optimizer, fingerprint: str) -> int:
-    """Continue the newest checkpoint; the number of steps it has behind it, 0 if there is none.
+def load_weights(folder: Path, model: MultimodalLM, fingerprint: str) -> int:
+    """What trains, from the newest checkpoint; the number of steps it has behind it, 0 if there is none. Before the
+    model is wrapped: what wraps it then shards, casts or copies the right weights.
 
     Raises:
         ValueError: the checkpoint was made with another plan (data, seed or layout), so its step means nothing here;
@@ -156,12 +170,15 @@ def load_checkpoint(folder: Path, model: MultimodalLM, optimizer: torch.optim.Op
     """
     if not (found := checkpoints(folder)):
         return 0
-    newest, state = found[-1], newest_state(folder, fingerprint)
-    load_tensors(dict(trained_weights(model)), newest / "trained.safetensors")
-    moments = torch.load(newest / "optimizer.pt", weights_only=True)["state"]
-    groups = optimizer.state_dict()["param_groups"]  # rates and decay are the config's, not the checkpoint's
-    optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    state = newest_state(folder, fingerprint)
+    load_tensors(dict(trained_weights(model)), found[-1] / "trained.safetensors")
     return int(state["step"])
+
+
+def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, trained: list[nn.Parameter]) -> None:
+    """The optimiser's moments, from the newest checkpoint."""
+    state = torch.load(checkpoints(folder)[-1] / "optimizer.pt", weights_only=True)["state"]
+    load_moments(optimizer, trained, state)
 
 
 def newest_state(folder: Path, fingerprint: str) -> dict[str, Any]:

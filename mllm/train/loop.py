@@ -28,7 +28,8 @@ from mllm.data.streams.reader import Stream
 from mllm.models.feature_cache import FeatureCache
 from mllm.models.multimodal import MultimodalLM
 from mllm.schema import Fraction, NotNegative, Positive, Schema
-from mllm.train.checkpoint import load_checkpoint, newest_state, save_checkpoint
+from mllm.train import zero
+from mllm.train.checkpoint import load_optimizer, load_weights, newest_state, save_checkpoint
 from mllm.train.ledger import Ledger
 from mllm.train.losses import NextToken, Reduction
 from mllm.train.metrics import Metrics
@@ -136,16 +137,21 @@ def fit(
     Raises:
         ValueError: the rows of a step cannot be dealt to the ranks; too many samples turn out unreadable.
     """
+    zero.check(accelerator, train)
     dataset = deal(accelerator, index, plan, processor, train)
     if train.gradient_checkpointing:
         model.llm.gradient_checkpointing_enable({"use_reentrant": False})
     set_mode(model)
     model.feature_cache = make_cache(train)
     groups = parameter_groups(model, train.learning_rate, train.weight_decay)
+    trained = [parameter for group in groups for parameter in group["params"]]
     optimizer = make_optimizer(groups, train.optimizer)
-    objective, optimizer = accelerator.prepare(NextToken(model), optimizer)
     name = fingerprint(index, plan)
-    first_step = load_checkpoint(train.output_dir, model, optimizer, name) if resume else 0
+    first_step = load_weights(train.output_dir, model, name) if resume else 0
+    zero.settle(accelerator, train, dataset.accumulation)
+    objective, optimizer = accelerator.prepare(NextToken(model), optimizer)
+    if first_step:
+        load_optimizer(train.output_dir, optimizer, trained)
     last_step = num_steps(plan, train)
     ledger = Ledger(train.output_dir, index.tally, data.max_bad_share)
     if isinstance(index, Stream) and accelerator.is_main_process:
@@ -163,8 +169,9 @@ def fit(
             metrics.step(
                 step + 1, {**numbers, **plan.counts(step), **rates(optimizer), "skipped": ledger.tally.holes.total()}
             )
-            if train.save_every and (step + 1) % train.save_every == 0 and accelerator.is_main_process:
-                save_checkpoint(train.output_dir, step + 1, model, optimizer, name, plan.position(step + 1))
+            if train.save_every and (step + 1) % train.save_every == 0:
+                position, is_main = plan.position(step + 1), accelerator.is_main_process
+                save_checkpoint(train.output_dir, step + 1, model, optimizer, trained, name, position, is_main)
     if accelerator.is_main_process:
         ledger.write()
     accelerator.wait_for_everyone()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from mllm.train import zero
 from mllm.train.losses import Reduction, model_inputs, num_supervised, weight_sum
 from mllm.types import Batch
 
@@ -44,10 +45,12 @@ def optimise(
     scale = accelerator.num_processes / total
     summed = 0.0
     for i, batch in enumerate(block):
-        with accelerator.no_sync(objective) if i < len(block) - 1 else nullcontext():
+        is_last = i == len(block) - 1
+        with nullcontext() if is_last or zero.stage(accelerator) else accelerator.no_sync(objective):
             loss = forward(accelerator, objective, batch, reduction)
-            accelerator.backward(loss * scale)
+            zero.backward(accelerator, loss * scale, is_last)
         summed += float(loss.detach())
+    # DeepSpeed has clipped and stepped by now: it tells the norm, and the next two lines do nothing
     grad_norm = accelerator.clip_grad_norm_(objective.parameters(), max_grad_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from torch.multiprocessing import start_processes
 
 from conftest import make_model, make_processor, write_llava
 from mllm.data.formats.llava import LlavaSource
@@ -35,7 +40,12 @@ def chosen_model(train: TrainConfig, seed: int = 0, **llm: Any) -> MultimodalLM:
 
 
 def run(
-    data: Path, train: TrainConfig, model: MultimodalLM | None = None, resume: bool = False, **changes: Any
+    data: Path,
+    train: TrainConfig,
+    model: MultimodalLM | None = None,
+    resume: bool = False,
+    accelerator: Accelerator | None = None,
+    **changes: Any,
 ) -> MultimodalLM:
     """Index, fit, return the trained model; `data` is a LLaVA file."""
     processor = make_processor()
@@ -44,7 +54,7 @@ def run(
     index = build_index(config.sources, processor, SEQ_LENGTH, progress=False)
     train.output_dir.mkdir(parents=True, exist_ok=True)
     plan = make_plan(index, config, train, resume)
-    fit(Accelerator(cpu=True), model, processor, index, plan, config, train, resume)
+    fit(accelerator or Accelerator(cpu=True), model, processor, index, plan, config, train, resume)
     return model
 
 
@@ -58,6 +68,25 @@ def weights(model: MultimodalLM) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
+def on_two_ranks(function: Callable[..., None], *arguments: object) -> None:
+    """`function(rank, *arguments)` in two processes that know of each other; forked, so that nothing is imported
+    twice."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    start_processes(as_rank, args=(port, function, *arguments), nprocs=2, start_method="fork")
+
+
+def as_rank(rank: int, port: int, function: Callable[..., None], *arguments: object) -> None:
+    """What a launcher sets, and no memory of the parent, which is one process."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    function(rank, *arguments)
+
+
 LORA = {"lora": Lora(rank=4, alpha=8), "learning_rate": LearningRates(connector=1e-2, llm=1e-2)}
 
-__all__ = ["LORA", "chosen_model", "metrics", "run", "settings", "weights", "write_llava"]
+__all__ = ["LORA", "chosen_model", "metrics", "on_two_ranks", "run", "settings", "weights", "write_llava"]

@@ -18,8 +18,9 @@ from mllm.train.checkpoint import (
     FINISHED,
     KEEP,
     checkpoints,
-    load_checkpoint,
+    load_optimizer,
     load_stage,
+    load_weights,
     save_checkpoint,
     save_stage,
 )
@@ -128,15 +129,18 @@ def test_half_written_checkpoints_are_ignored(tmp_path: Path) -> None:
 def test_crash_while_saving_leaves_the_older_checkpoint_in_place(tmp_path: Path, monkeypatch: Any) -> None:
     train = settings(tmp_path)
     model = chosen_model(train)
-    optimizer = torch.optim.AdamW(parameter_groups(model, train.learning_rate, 0.0))
-    save_checkpoint(tmp_path, 1, model, optimizer, "plan")
+    groups = parameter_groups(model, train.learning_rate, 0.0)
+    trained = [parameter for group in groups for parameter in group["params"]]
+    optimizer = torch.optim.AdamW(groups)
+    save_checkpoint(tmp_path, 1, model, optimizer, trained, "plan")
     with monkeypatch.context() as broken:
         broken.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
         with pytest.raises(OSError, match="disk full"):
-            save_checkpoint(tmp_path, 2, model, optimizer, "plan")
+            save_checkpoint(tmp_path, 2, model, optimizer, trained, "plan")
     assert [path.name for path in checkpoints(tmp_path)] == ["step-1"]
-    save_checkpoint(tmp_path, 2, model, optimizer, "plan")
-    assert load_checkpoint(tmp_path, model, optimizer, "plan") == 2
+    save_checkpoint(tmp_path, 2, model, optimizer, trained, "plan")
+    assert load_weights(tmp_path, model, "plan") == 2
+    load_optimizer(tmp_path, optimizer, trained)
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"rows_per_step": 2}])

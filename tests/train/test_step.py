@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 
 from conftest import make_model, make_processor, make_sample
 from mllm.data.collate import collate
@@ -19,6 +16,7 @@ from mllm.train.losses import NextToken, Reduction
 from mllm.train.step import optimise
 from mllm.train.trainable import LearningRates, choose_trainable, parameter_groups, set_mode
 from mllm.types import Batch, Message, Sample
+from runs import on_two_ranks
 
 SHAPE = (3, 28, 28)
 RATE = 1.0
@@ -138,39 +136,25 @@ def test_error_of_the_model_names_the_samples_of_the_micro_batch() -> None:
         optimise(Accelerator(cpu=True), NextToken(make_model()), torch.optim.SGD([torch.zeros(1)]), broken, 1.0)
 
 
-def on_rank(rank: int, world_size: int, port: int, folder: str) -> None:
+def on_rank(rank: int, folder: Path) -> None:
     """One process of a gloo group: every split for two, every reduction."""
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    torch.set_num_threads(1)
-    AcceleratorState._reset_state(reset_partial_state=True)  # the parent's, which says one process
-    GradientState._reset_state()
     accelerator = Accelerator(cpu=True)
-    assert accelerator.num_processes == world_size
+    assert accelerator.num_processes == 2
     results = {
         (name, reduction): step(accelerator, ranks[rank], reduction=reduction)
         for name, ranks in SPLITS.items()
         for reduction in REDUCTIONS
-        if len(ranks) == world_size
+        if len(ranks) == 2
     }
-    torch.save(results, Path(folder) / f"{rank}.pt")
+    torch.save(results, folder / f"{rank}.pt")
     accelerator.end_training()
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     """What each of two ranks holds after its steps."""
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.start_processes(on_rank, args=(2, free_port(), str(folder)), nprocs=2, start_method="fork")
+    on_two_ranks(on_rank, folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 

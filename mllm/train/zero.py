@@ -1,0 +1,122 @@
+"""DeepSpeed's ZeRO under the same loop: what `accelerate launch` chose, fitted to this run.
+
+Enters: the environment of the launcher, the settings of the run. Leaves: an accelerator that really runs DeepSpeed,
+and its configuration filled in. Numbers of the run (batch, accumulation, clipping, precision) stand in the run's YAML
+alone; the JSON files in `deepspeed_configs/` hold the stage and the sizes of its buckets.
+
+Stage 1 shards the optimiser's moments over the ranks, stage 2 the gradients too, stage 3 the weights as well, frozen
+ones among them; in stages 1 and 2 each rank holds all weights.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from mllm.train.loop import TrainConfig
+
+
+def requested() -> bool:
+    """Did the launcher ask for DeepSpeed?"""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+
+
+def process_group() -> list[Any]:
+    """What `Accelerator` must be told to run DeepSpeed where there is no GPU: gloo, and no compiler.
+
+    Without a backend accelerate would take each process for the only one. DeepSpeed would compile an operation for
+    shared memory at its start, for many minutes, and calls compilers to learn whether it can; both end at this table
+    of what can be compiled.
+    """
+    if not requested() or torch.cuda.is_available():
+        return []
+    import deepspeed.ops
+    from accelerate.utils import InitProcessGroupKwargs
+
+    deepspeed.ops.__compatible_ops__ = {}
+    return [InitProcessGroupKwargs(backend="gloo")]
+
+
+def confirm(accelerator: Accelerator) -> None:
+    """Stop where DeepSpeed was asked for and something else would run in its place, and pass for it.
+
+    Raises:
+        ValueError: the accelerator runs plain DDP, or each process on its own.
+    """
+    from accelerate import DistributedType
+
+    if not requested():
+        return
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.distributed_type != DistributedType.DEEPSPEED or accelerator.num_processes != world_size:
+        raise ValueError(
+            f"DeepSpeed on {world_size} processes was asked for, but accelerate runs {accelerator.distributed_type} on "
+            f"{accelerator.num_processes}: unset ACCELERATE_USE_CPU, and start with accelerate launch --config_file "
+            f"deepspeed_configs/accelerate_cpu_zero2.yaml (CPU) or accelerate_zero2.yaml (GPU)"
+        )
+
+
+def build_whole() -> None:
+    """Let models be built whole on each rank, in the computer's memory, also for stage 3: the engine shards them.
+
+    transformers would build them in shards; what is done to a model before the engine has it (LoRA, the weights of
+    an earlier stage, the check of its attention) needs it whole.
+    """
+    if not requested():
+        return
+    from transformers.integrations import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+
+
+def stage(accelerator: Accelerator) -> int:
+    """1, 2 or 3; 0 where DeepSpeed does not run."""
+    plugin = accelerator.state.deepspeed_plugin
+    return int(plugin.zero_stage) if plugin else 0
+
+
+def check(accelerator: Accelerator, train: TrainConfig) -> None:
+    """Stop where ZeRO would change what a setting means.
+
+    Raises:
+        ValueError: names the setting and what to do.
+    """
+    if stage(accelerator) and train.optimizer == "muon":
+        raise ValueError(
+            "train.optimizer muon steps whole matrices, and DeepSpeed cuts them into flat shards: "
+            "use adamw, or launch without DeepSpeed"
+        )
+    if stage(accelerator) == 3 and train.feature_cache:
+        raise ValueError(
+            "train.feature_cache under ZeRO stage 3: the encoder is sharded, and a rank that has all its images in "
+            "the cache would not take part when the others put it together: use stage 2, or leave the cache out"
+        )
+
+
+def settle(accelerator: Accelerator, train: TrainConfig, accumulation: int) -> None:
+    """Fill in what the JSON leaves open, before the engine is made."""
+    if not stage(accelerator):
+        return
+    config = accelerator.state.deepspeed_plugin.deepspeed_config
+    accelerator.gradient_accumulation_steps = accumulation
+    config["gradient_accumulation_steps"] = accumulation
+    config["train_micro_batch_size_per_gpu"] = train.rows_per_micro_batch
+    config["train_batch_size"] = train.rows_per_step
+    config["gradient_clipping"] = train.max_grad_norm
+    config["zero_optimization"]["overlap_comm"] = accelerator.device.type != "cpu"  # there are no streams to overlap
+    # what trains stays in float32, as without DeepSpeed, whose own `bf16` would keep it in bfloat16
+    config["bf16"] = {"enabled": False}
+    config["torch_autocast"] = {"enabled": train.mixed_precision == "bf16", "dtype": "bfloat16"}
+
+
+def backward(accelerator: Accelerator, loss: torch.Tensor, is_last: bool) -> None:
+    """The backward pass of a micro-batch. Under DeepSpeed that of the last one clips and steps as well."""
+    if not stage(accelerator):
+        return accelerator.backward(loss)
+    accelerator.sync_gradients = is_last
+    accelerator.backward(loss, scale_wrt_gas=False)  # the step's own scale has the accumulation in it
