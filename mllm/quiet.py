@@ -14,6 +14,7 @@ def quiet_libraries() -> None:
     """Switch off what libraries print about themselves."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # what DeepSpeed calls
     from transformers.utils import logging
 
     logging.set_verbosity_error()

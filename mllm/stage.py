@@ -75,7 +75,7 @@ def start(config: RunConfig) -> Accelerator:
     torch.manual_seed(config.train.seed)
     console(accelerator).print(dump_config(config), highlight=False, style="dim")
     # said, because a launcher may start one process where two were meant, without an error
-    console(accelerator).print(f"ranks: {accelerator.num_processes}, on {accelerator.device.type}")
+    console(accelerator).print(zero.describe(accelerator))
     return accelerator
 
 

@@ -8,6 +8,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,25 @@ def launch(script: str, *arguments: object, launcher: list[str] = LAUNCH) -> sub
     command = [*launcher, f"recipes/{script}.py", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "ACCELERATE_USE_CPU": "true"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+
+
+def test_one_command_trains_under_deepspeed_on_two_processes(
+    hub: Path, llava_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed: pip install 'mllm[deepspeed]'")
+    config = write_config(tmp_path, hub, llava_folder(8), "align", save_every=2)
+    engine = "deepspeed_configs/accelerate_cpu_zero2.yaml"
+    command = [*LAUNCH[:3], "--config_file", engine, "recipes/pretrain.py", "--config", str(config)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "ranks: 2, on cpu, DeepSpeed ZeRO stage 2" in done.stdout
+    assert in_process("pretrain", "--config", config, "--train.output_dir", tmp_path / "one") == 0
+    losses = [
+        [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (tmp_path / "align", tmp_path / "one")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def in_process(script: str, *arguments: object) -> int:

@@ -69,6 +69,7 @@ class TrainConfig(Schema):
     """`muon`: Muon for matrices, AdamW for vectors; learns small models from scratch in far fewer steps."""
     weight_decay: NotNegative = 0.0
     max_grad_norm: NotNegative = 1.0
+    """Longer gradients are scaled down to this; 0 leaves them as they are."""
     mixed_precision: Literal["no", "bf16"] = "no"
     """Of the computation; what trains is kept in float32."""
     gradient_checkpointing: bool = False
@@ -149,7 +150,7 @@ def fit(
     name = fingerprint(index, plan)
     first_step = load_weights(train.output_dir, model, name) if resume else 0
     zero.settle(accelerator, train, dataset.accumulation)
-    objective, optimizer = accelerator.prepare(NextToken(model), optimizer)
+    objective, optimizer = accelerator.prepare(zero.shard(accelerator, NextToken(model)), optimizer)
     if first_step:
         load_optimizer(train.output_dir, optimizer, trained)
     last_step = num_steps(plan, train)
@@ -170,7 +171,8 @@ def fit(
                 step + 1, {**numbers, **plan.counts(step), **rates(optimizer), "skipped": ledger.tally.holes.total()}
             )
             if train.save_every and (step + 1) % train.save_every == 0:
-                position, is_main = plan.position(step + 1), accelerator.is_main_process
+                is_main = accelerator.is_main_process
+                position = plan.position(step + 1) if is_main else None
                 save_checkpoint(train.output_dir, step + 1, model, optimizer, trained, name, position, is_main)
     if accelerator.is_main_process:
         ledger.write()

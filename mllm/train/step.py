@@ -9,6 +9,7 @@ rounding.
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,7 @@ def optimise(
             zero.backward(accelerator, loss * scale, is_last)
         summed += float(loss.detach())
     # DeepSpeed has clipped and stepped by now: it tells the norm, and the next two lines do nothing
-    grad_norm = accelerator.clip_grad_norm_(objective.parameters(), max_grad_norm)
+    grad_norm = accelerator.clip_grad_norm_(objective.parameters(), max_grad_norm or math.inf)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return {

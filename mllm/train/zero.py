@@ -14,6 +14,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -35,6 +36,7 @@ def process_group() -> list[Any]:
     """
     if not requested() or torch.cuda.is_available():
         return []
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed.ops
     from accelerate.utils import InitProcessGroupKwargs
 
@@ -52,20 +54,20 @@ def confirm(accelerator: Accelerator) -> None:
 
     if not requested():
         return
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.distributed_type != DistributedType.DEEPSPEED or accelerator.num_processes != world_size:
+    world_size, found = int(os.environ.get("WORLD_SIZE", "1")), accelerator.distributed_type
+    if found != DistributedType.DEEPSPEED or accelerator.num_processes != world_size:
         raise ValueError(
-            f"DeepSpeed on {world_size} processes was asked for, but accelerate runs {accelerator.distributed_type} on "
+            f"DeepSpeed on {world_size} processes was asked for, but accelerate runs {found.value} on "
             f"{accelerator.num_processes}: unset ACCELERATE_USE_CPU, and start with accelerate launch --config_file "
             f"deepspeed_configs/accelerate_cpu_zero2.yaml (CPU) or accelerate_zero2.yaml (GPU)"
         )
 
 
 def build_whole() -> None:
-    """Let models be built whole on each rank, in the computer's memory, also for stage 3: the engine shards them.
+    """Let models be built whole by each process, in the computer's memory, also for stage 3: `shard` cuts them.
 
-    transformers would build them in shards; what is done to a model before the engine has it (LoRA, the weights of
-    an earlier stage, the check of its attention) needs it whole.
+    transformers would build them in shards; what is done to a model before it trains (LoRA, the weights of an earlier
+    stage, the check of its attention) needs it whole.
     """
     if not requested():
         return
@@ -78,6 +80,12 @@ def stage(accelerator: Accelerator) -> int:
     """1, 2 or 3; 0 where DeepSpeed does not run."""
     plugin = accelerator.state.deepspeed_plugin
     return int(plugin.zero_stage) if plugin else 0
+
+
+def describe(accelerator: Accelerator) -> str:
+    """What runs, in words."""
+    ranks = f"ranks: {accelerator.num_processes}, on {accelerator.device.type}"
+    return f"{ranks}, DeepSpeed ZeRO stage {stage(accelerator)}" if stage(accelerator) else ranks
 
 
 def check(accelerator: Accelerator, train: TrainConfig) -> None:
@@ -108,10 +116,27 @@ def settle(accelerator: Accelerator, train: TrainConfig, accumulation: int) -> N
     config["train_micro_batch_size_per_gpu"] = train.rows_per_micro_batch
     config["train_batch_size"] = train.rows_per_step
     config["gradient_clipping"] = train.max_grad_norm
-    config["zero_optimization"]["overlap_comm"] = accelerator.device.type != "cpu"  # there are no streams to overlap
-    # what trains stays in float32, as without DeepSpeed, whose own `bf16` would keep it in bfloat16
+    if accelerator.device.type == "cpu":
+        config["zero_optimization"]["overlap_comm"] = False  # there are no streams that could overlap
+    # what trains stays in float32 and travels so, as without DeepSpeed; its own `bf16` would keep it in bfloat16
     config["bf16"] = {"enabled": False}
-    config["torch_autocast"] = {"enabled": train.mixed_precision == "bf16", "dtype": "bfloat16"}
+    config["torch_autocast"] = {
+        "enabled": train.mixed_precision == "bf16",
+        "dtype": "bfloat16",
+        "lower_precision_safe_modules": [],
+    }
+
+
+def shard(accelerator: Accelerator, module: nn.Module) -> nn.Module:
+    """For stage 3, leave on this rank's device its share of each weight, one weight at a time. The engine would first
+    put the whole model on every device."""
+    if stage(accelerator) == 3:
+        import deepspeed
+
+        deepspeed.zero.Init(module=module, config_dict_or_path=accelerator.state.deepspeed_plugin.deepspeed_config)
+        for buffer in module.buffers():
+            buffer.data = buffer.data.to(accelerator.device)
+    return module
 
 
 def backward(accelerator: Accelerator, loss: torch.Tensor, is_last: bool) -> None:

@@ -115,6 +115,11 @@ def test_gradient_norm_is_told_before_clipping_and_clipping_bounds_the_update() 
     assert float(moved.detach()) <= RATE * 0.01 * 1.01
 
 
+def test_norm_of_0_clips_nothing() -> None:
+    accelerator = Accelerator(cpu=True)
+    assert_same(step(accelerator, ONE_BY_ONE), step(accelerator, ONE_BY_ONE, max_grad_norm=0))
+
+
 def test_step_without_any_supervised_token_moves_nothing() -> None:
     accelerator = Accelerator(cpu=True)
     model = make_model()
