@@ -25,7 +25,7 @@ from mllm.train import zero
 from mllm.train.checkpoint import save_stage
 from mllm.train.loop import TrainConfig
 from mllm.train.trainable import LearningRates
-from runs import LORA, metrics, on_two_ranks, run, settings, write_llava
+from runs import LORA, chosen_model, metrics, on_two_ranks, run, settings, write_llava
 
 pytest.importorskip("deepspeed", reason="deepspeed is not installed: pip install 'mllm[deepspeed]'")
 pytestmark = pytest.mark.recipe
@@ -34,7 +34,7 @@ CONFIGS = Path(__file__).parents[2] / "deepspeed_configs"
 WHAT: dict[str, dict[str, Any]] = {
     "align": {},
     "lora": LORA,
-    "full": {"learning_rate": LearningRates(connector=1e-2, llm=1e-3)},
+    "full": {"learning_rate": LearningRates(connector=1e-2, llm=1e-3, vision_encoder=1e-3)},
     "bf16": {**LORA, "mixed_precision": "bf16"},
 }
 RUNS: dict[str, list[str]] = {
@@ -59,7 +59,8 @@ def train(
 ) -> MultimodalLM:
     """A run and the stage that it leaves."""
     config = train_config(folder, what)
-    model = run(data, config, resume=resume, accelerator=accelerator)
+    model = chosen_model(config, tie_word_embeddings=what == "full")
+    run(data, config, model, resume, accelerator)
     is_main = accelerator is None or accelerator.is_main_process
     save_stage(folder, model, make_processor(), "model: {}\n", is_main)
     return model
