@@ -6,7 +6,7 @@ word. Chat and evaluation both speak through here, with the processor that train
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -74,7 +74,7 @@ class Assistant:
 
         work = Thread(target=generate, daemon=True)
         work.start()
-        yield from streamer
+        yield from from_first_word(streamer)
         work.join()
         if failed:
             raise failed[0]
@@ -141,3 +141,13 @@ def newest_stage(root: Path) -> Path | None:
     """The stage under `root` that finished last."""
     finished = sorted(root.rglob(FINISHED), key=lambda path: path.stat().st_mtime)
     return finished[-1].parent if finished else None
+
+
+def from_first_word(pieces: Iterable[str]) -> Iterator[str]:
+    """The same text without the blanks that many tokenizers put in front of its first word."""
+    started = False
+    for piece in pieces:
+        shown = piece if started else piece.lstrip()
+        started = started or bool(shown)
+        if shown:
+            yield shown

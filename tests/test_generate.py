@@ -13,7 +13,7 @@ import torch
 from conftest import make_model, make_processor, make_sample, picture
 from mllm.data.collate import collate
 from mllm.data.packing import join
-from mllm.generate import Assistant, find_folder, newest_stage, stop_ids
+from mllm.generate import Assistant, find_folder, from_first_word, newest_stage, stop_ids
 from mllm.train.losses import model_inputs
 from mllm.types import Mark, Message, Sample
 
@@ -77,6 +77,10 @@ def test_order_of_the_batch_changes_no_answer(assistant: Assistant) -> None:
 def test_stream_equals_answer(assistant: Assistant) -> None:
     for sample in questions():
         assert "".join(assistant.stream(sample, 12)).strip() == assistant.answer([sample], 12)[0]
+
+
+def test_streamed_answer_starts_with_its_first_word() -> None:
+    assert list(from_first_word(["", " ", "  top", " left", " "])) == ["top", " left", " "]
 
 
 def test_greedy_tokens_equal_a_naive_loop_without_a_cache(assistant: Assistant) -> None:

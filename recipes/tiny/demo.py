@@ -38,6 +38,7 @@ LAUNCH = ["accelerate", "launch", "--num_processes", "1", "--cpu"]
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "DS_ACCELERATOR": "cpu",  # where DeepSpeed is installed it would warn that it found no other
     # glibc gives each freed tensor back to the kernel and gets it anew; keeping it saves a tenth of a step
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
     "MALLOC_TRIM_THRESHOLD_": str(2**31),
