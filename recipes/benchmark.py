@@ -21,7 +21,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.report import data_table, machine
+from benchmarks.report import fill_table, machine, rate_table
 from mllm.quiet import quiet_libraries
 
 
@@ -50,13 +50,13 @@ def data(
     console = Console()
     with console.status("starting") as status:
         found = measure(samples, repeats, lengths, status.update)
-    finish(console, data_table(found), found, json_path)
+    finish(console, [rate_table(found), fill_table(found)], found, json_path)
 
 
-def finish(console: Console, table: Table, found: dict[str, Any], json_path: Path | None) -> None:
+def finish(console: Console, tables: list[Table], found: dict[str, Any], json_path: Path | None) -> None:
     """Show the numbers and write them down."""
     found["machine"] = machine()
-    console.print(table)
+    console.print(*tables)
     console.print("{processor}, {cores} cores, load {load[0]:.1f}".format(**found["machine"]))
     if json_path:
         json_path.parent.mkdir(parents=True, exist_ok=True)

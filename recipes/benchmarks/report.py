@@ -22,29 +22,32 @@ LOADING = (
     ("index", "index_vs_plain", "index", "plain count"),
 )
 """Title, name of the ratio, and of its two sides."""
-CAPTION = (
-    "Rates are samples a second of CPU time. FFD: first-fit-decreasing over the whole set; knapsack: nanoVLM's, in "
-    "windows of its default 8 rows, and of 64."
-)
 PACKERS = (
-    ("FFD", "fill_first_fit_decreasing"),
-    ("knapsack", "fill_balanced_knapsack"),
-    ("of 64 rows", "fill_balanced_knapsack_64_rows"),
+    ("first fit\ndecreasing", "fill_first_fit_decreasing"),
+    ("nanoVLM's\nknapsack", "fill_balanced_knapsack"),
+    ("its window\nof 64 rows", "fill_balanced_knapsack_64_rows"),
 )
+"""Heads of the columns; first fit sees the whole set, the knapsack its default window of 8 rows."""
 
 
-def data_table(found: dict[str, Any]) -> Table:
-    """The data engine's numbers, a line each; rates are samples a second of CPU time."""
-    table = Table("data engine", "ours", "beside", "ratio (range)", "target", caption=CAPTION, caption_justify="left")
+def rate_table(found: dict[str, Any]) -> Table:
+    """How fast the data engine is; rates are samples a second of CPU time."""
+    table = Table("samples a second of CPU", "ours", "beside", "ratio (range)", "target")
     rates = found["samples_per_s"]
     for title, name, mine, other in LOADING:
         ratio = "{:.2f} ({:.2f} to {:.2f})".format(found[name], *found["ranges"][name])
-        table.add_row(title, f"{rates[mine]:,.0f}/s", f"{other} {rates[other]:,.0f}/s", ratio, kept(found, name))
+        table.add_row(title, f"{rates[mine]:,.0f}", f"{other} {rates[other]:,.0f}", ratio, kept(found, name))
     packer = found["packer_samples_per_s"]
-    table.add_row("packer, slowest mix", f"{packer:,.0f}/s", "", "", kept(found, "packer_samples_per_s"))
+    table.add_row("packer, slowest mix", f"{packer:,.0f}", "", "", kept(found, "packer_samples_per_s"))
+    return table
+
+
+def fill_table(found: dict[str, Any]) -> Table:
+    """How full the rows are, mix by mix, beside other packers."""
+    table = Table("fill of the rows", "ours", *(title for title, _ in PACKERS), "target")
     for name, fill in found["fill"].items():
-        others = [f"{title} {found[way][name]:.1%}" for title, way in PACKERS]
-        table.add_row(f"fill, {name}", f"{fill:.2%}", ", ".join(others), "", kept({"fill": fill}, "fill"))
+        others = [f"{found[way][name]:.1%}" for _, way in PACKERS]
+        table.add_row(name, f"{fill:.2%}", *others, kept({"fill": fill}, "fill"))
     return table
 
 
