@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import sys
-import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,10 +22,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mllm.data.curation.crew import cores
+from mllm.data.crew import cores
 from mllm.data.curation.doctor.classes import CLASSES, WARNING
 from mllm.data.curation.doctor.diagnosis import findings_of, first_sample, report
 from mllm.data.curation.doctor.examination import examine
+from mllm.data.curation.door import run
 from mllm.data.curation.source_options import in_words, source_of
 
 SHOWN = 3
@@ -113,14 +113,7 @@ def place(finding: dict[str, Any]) -> str:
 
 def door(arguments: list[str] | None = None) -> int:
     """The command; a mistake is one line, not a traceback."""
-    warnings.filterwarnings("ignore", module="PIL")  # what it finds odd and reads is read; what it cannot is told
-    try:
-        return tyro.cli(main, args=arguments, description=__doc__)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return run(main, __doc__, arguments)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from mllm.data.curation.crew import cores
+from mllm.data.crew import cores
+from mllm.data.curation.door import run
 from mllm.data.curation.filters.benchmark import read_benchmark
 from mllm.data.curation.filters.outside import Scores
 from mllm.data.curation.filters.rules import Rules
@@ -151,17 +152,9 @@ def join_ranks() -> Any:
     return ranks
 
 
-def door() -> int:
+def door(arguments: list[str] | None = None) -> int:
     """The command; a mistake is one line, not a traceback."""
-    try:
-        tyro.cli(main, description=__doc__)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped: the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
+    return run(main, __doc__, arguments, stopped="stopped: the same command goes on from here")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from mllm.data.curation.crew import cores
+from mllm.data.crew import cores
+from mllm.data.curation.door import run
 from mllm.data.curation.source_options import in_words, source_of
 from mllm.data.curation.statistics import examples, statistics
 from mllm.data.curation.word_counter import BEGINNING, WordCounter
@@ -142,16 +143,9 @@ def tell(console: Console, numbers: dict[str, Any], written: list[Path]) -> None
     console.print(", ".join(map(str, written)), highlight=False, soft_wrap=True)
 
 
-def door() -> int:
+def door(arguments: list[str] | None = None) -> int:
     """The command; a mistake is one line, not a traceback."""
-    try:
-        tyro.cli(main, description=__doc__)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return run(main, __doc__, arguments)
 
 
 if __name__ == "__main__":

@@ -15,13 +15,13 @@ done, but images were; 130 stopped by Ctrl-C. (1 is Python's own: the program is
 from __future__ import annotations
 
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
 import tyro
 
-from mllm.data.curation.crew import cores
+from mllm.data.crew import cores
+from mllm.data.curation.door import run
 from mllm.data.curation.record_list import RecordList, list_records
 from mllm.data.curation.shards.folder import QUARANTINE, check_folder, facts_of, held, prepare, write_quarantine
 from mllm.data.curation.shards.members import layout_of
@@ -119,15 +119,7 @@ def written(stats: list[Stats], before: int) -> str:
 
 def door(arguments: list[str] | None = None) -> int:
     """The command; a mistake is one line, not a traceback."""
-    warnings.filterwarnings("ignore", module="PIL")  # what it finds odd and reads is read; what it cannot is told
-    try:
-        return tyro.cli(main, args=arguments, description=__doc__)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped: the same command goes on from here", file=sys.stderr)
-        return 130
+    return run(main, __doc__, arguments, stopped="stopped: the same command goes on from here")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from conftest import make_processor, picture, write_llava
-from mllm.data.curation.crew import run_jobs
+from mllm.data.crew import run_jobs
 from mllm.data.curation.shards.members import Pictures, members_of
 from mllm.data.curation.source_options import source_of
 from mllm.data.formats.auto import AutoSource
@@ -412,5 +412,5 @@ def die(job: int, tick: Any) -> int:
 
 
 def test_a_worker_that_is_killed_is_told() -> None:
-    with pytest.raises(ValueError, match=r"a worker was killed, .* fewer --workers"):
+    with pytest.raises(ValueError, match=r"a worker was killed, .* fewer workers "):
         list(run_jobs(die, [1, 2], 2, "test", 2, "jobs"))

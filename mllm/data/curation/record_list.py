@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mllm.data.curation.crew import Tick, Walk, run_jobs
+from mllm.data.crew import Tick, Walk, run_jobs
 from mllm.data.formats.coco import CocoSource
 from mllm.data.formats.source import Filtered, Place, Source
 from mllm.types import Sample

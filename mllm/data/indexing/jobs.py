@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
+from mllm.data import crew
 from mllm.data.formats.source import Source
 from mllm.data.indexing.measure import measure_shard
 from mllm.data.processor import Processor
@@ -25,9 +23,6 @@ SMALL = 2**20
 """Bytes in all below which no worker is started: about a thousand conversations, measured within a second."""
 PART = 32 * 2**20
 """Bytes of a shard for each worker that shares it: all of them read the whole shard, which is soon done."""
-LOOK_SECONDS = 0.2
-
-Bar = AbstractContextManager[Any]
 
 
 @dataclass(frozen=True)
@@ -56,99 +51,36 @@ def run_jobs(
     jobs: list[Job], sources: list[Source], processor: Processor, max_length: int, workers: int, progress: bool
 ) -> Iterator[tuple[Job, pa.Table]]:
     """Each job with its table, in the order in which they are done."""
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TaskProgressColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    work = Work(sources, processor, max_length)
-    alone = workers == 0 or sum(job.bytes // job.parts for job in jobs) < SMALL
-    bar: Any = Progress(
-        TextColumn("index"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[lines]:,} samples"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        transient=True,
-    )
-    task = bar.add_task("", total=sum(job.bytes // job.parts for job in jobs), lines=0)
-
-    def show() -> None:
-        bar.update(task, lines=work.lines.value, completed=work.bytes.value)
-
-    shown = bar if progress and jobs else nullcontext()
-    yield from one_by_one(work, jobs, shown, show) if alone else side_by_side(work, jobs, workers, shown, show)
+    total = sum(job.bytes // job.parts for job in jobs)
+    work = Measuring(sources, processor, max_length)
+    crew_size = workers if total >= SMALL else 0
+    for number, table in crew.run_jobs(work, jobs, crew_size, "index", total, "samples", progress and bool(jobs)):
+        yield jobs[number], table
 
 
-class Work:
-    """What a worker keeps between jobs, and how far it has come: two counters that the bar looks at."""
+@dataclass(frozen=True)
+class Measuring:
+    """What a worker keeps between jobs."""
 
-    def __init__(self, sources: list[Source], processor: Processor, max_length: int) -> None:
-        self.sources, self.processor, self.max_length = sources, processor, max_length
-        self.lines: Any = multiprocessing.Value("q", 0)
-        self.bytes: Any = multiprocessing.Value("q", 0)
+    sources: list[Source]
+    processor: Processor
+    max_length: int
 
-    def __call__(self, job: Job, look: Callable[[], None] = lambda: None) -> pa.Table:
-        told = 0
-
-        def tick(lines: int, end: int) -> None:
-            nonlocal told
-            self.count(lines, end // job.parts - told if end else 0)
-            told = end // job.parts if end else told
-            look()
-
-        source = self.sources[job.source]
-        table = measure_shard(source, job.shard, self.processor, self.max_length, job.part, job.parts, tick)
-        self.count(0, job.bytes // job.parts - told)
+    def __call__(self, job: Job, tick: crew.Tick) -> pa.Table:
+        if multiprocessing.parent_process():  # in a worker, whose own threads would fight with the other workers
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        walk = crew.Walk(tick, job.bytes, job.parts)
+        table = measure_shard(
+            self.sources[job.source],
+            job.shard,
+            self.processor,
+            self.max_length,
+            job.part,
+            job.parts,
+            lambda lines, end: walk.at(end, lines),
+        )
+        walk.finish()
         return table
-
-    def count(self, lines: int, done: int) -> None:
-        for counter, more in ((self.lines, lines), (self.bytes, done)):
-            with counter.get_lock():
-                counter.value += more
-
-
-def one_by_one(work: Work, jobs: list[Job], bar: Bar, show: Callable[[], None]) -> Iterator[tuple[Job, pa.Table]]:
-    """In this process."""
-    with bar:
-        for job in jobs:
-            yield job, work(job, show)
-
-
-_work: Work
-"""A worker's own, since work that travelled with each job would travel as often as there are jobs."""
-
-
-def begin(work: Work) -> None:
-    global _work
-    _work = work
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-
-def work_on(job: Job) -> pa.Table:
-    return _work(job)
-
-
-def side_by_side(
-    work: Work, jobs: list[Job], workers: int, bar: Bar, show: Callable[[], None]
-) -> Iterator[tuple[Job, pa.Table]]:
-    """In so many processes. They are started before the bar, whose thread must not be copied into them."""
-    with ProcessPoolExecutor(min(workers, len(jobs)), initializer=begin, initargs=(work,)) as pool:
-        waiting: dict[Future[pa.Table], Job] = {pool.submit(work_on, job): job for job in jobs}
-        try:
-            with bar:
-                while waiting:
-                    done, _ = wait(waiting, LOOK_SECONDS, FIRST_COMPLETED)
-                    show()
-                    for future in done:
-                        yield waiting.pop(future), future.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def shard_bytes(path: Path) -> int:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from mllm.data.curation.crew import Tick, Walk, run_jobs
+from mllm.data.crew import Tick, Walk, run_jobs
 from mllm.data.curation.doctor.classes import Finding, class_of_image, class_of_record, odd_turns
 from mllm.data.formats.source import Filtered, Place, Source
 from mllm.data.images import open_image

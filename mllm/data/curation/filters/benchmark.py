@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mllm.data.curation.crew import Tick, run_jobs
+from mllm.data.crew import Tick, run_jobs
 from mllm.data.curation.filters.look import Looks, look, stacked
 from mllm.data.curation.filters.measure import DRAFT
 from mllm.data.images import open_image

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mllm.data.curation.crew import progress_bar
+from mllm.data.crew import progress_bar
 from mllm.data.curation.filters.measure import LOOK, SIZE, TEXT, Block, Blocks, Line, See
 from mllm.data.curation.filters.rules import SIZES, Rules
 from mllm.data.curation.filters.store import BLOCK, Store, Writer, load_store

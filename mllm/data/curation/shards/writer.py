@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from mllm.data.curation.crew import Tick, run_jobs
+from mllm.data.crew import Tick, run_jobs
 from mllm.data.curation.record_list import RECORD, RecordList
 from mllm.data.curation.shards.members import Layout, Member, Pictures, layout_of, members_of
 from mllm.data.formats.source import Place, Source

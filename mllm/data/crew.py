@@ -30,7 +30,13 @@ def cores() -> int:
 
 
 def run_jobs(
-    work: Work[Job, Result], jobs: Sequence[Job], workers: int, label: str, total: int, things: str
+    work: Work[Job, Result],
+    jobs: Sequence[Job],
+    workers: int,
+    label: str,
+    total: int,
+    things: str,
+    progress: bool = True,
 ) -> Iterator[tuple[int, Result]]:
     """Yield the number and the result of each job; without workers, in this process and in order.
 
@@ -38,7 +44,7 @@ def run_jobs(
         ValueError: a worker was killed.
     """
     tally = Tally(work)
-    bar = progress_bar(label, things)
+    bar = progress_bar(label, things, progress)
     task = bar.add_task("", total=total or None, things=0)
 
     def show() -> None:
@@ -52,7 +58,7 @@ def run_jobs(
             yield number, tally(job, show)
 
 
-def progress_bar(label: str, things: str) -> Any:
+def progress_bar(label: str, things: str, progress: bool = True) -> Any:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -63,7 +69,7 @@ def progress_bar(label: str, things: str) -> Any:
         TimeRemainingColumn,
     )
 
-    seen = Console().is_terminal
+    seen = progress and Console().is_terminal
     counted = TextColumn(f"{{task.fields[things]:,}} {things}")
     times = TimeElapsedColumn(), TimeRemainingColumn()
     return Progress(
@@ -145,7 +151,8 @@ def side_by_side(
                         yield waiting.pop(future), future.result()
         except BrokenProcessPool as error:
             raise ValueError(
-                "a worker was killed, perhaps because memory ran out: run the same command again with fewer --workers"
+                "a worker was killed, perhaps because memory ran out: run the same command again with fewer workers "
+                "(--workers of a data script, --data.num_workers of a run)"
             ) from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
