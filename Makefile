@@ -4,7 +4,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint format easy-vqa clean
+.PHONY: demo test test-long lint format easy-vqa clean
 
 demo: .venv/ready  ## train a multimodal LLM from nothing and talk to it: minutes on two CPU cores, offline
 	$(BIN)/python recipes/tiny/demo.py
@@ -12,6 +12,10 @@ demo: .venv/ready  ## train a multimodal LLM from nothing and talk to it: minute
 test: export OMP_NUM_THREADS := 1
 test: .venv/ready lint  ## everything CI runs
 	$(BIN)/python -m pytest
+
+test-long: export OMP_NUM_THREADS := 1
+test-long: .venv/ready  ## the campaigns: runs killed at random, hundreds of steps that must not hang
+	$(BIN)/python -m pytest -m long --timeout 3600 -s
 
 lint: .venv/ready
 	$(BIN)/ruff format --check .

@@ -22,7 +22,7 @@ from mllm.data.loader import DataConfig
 from mllm.flags import lay_over, split_flags
 from mllm.models.build import ModelConfig
 from mllm.schema import Schema
-from mllm.train.loop import TrainConfig
+from mllm.train.settings import TrainConfig
 
 
 @dataclass

@@ -20,7 +20,7 @@ from mllm.data.collate import stack_pixels
 from mllm.data.processor import Processor
 from mllm.models.build import build_model
 from mllm.models.multimodal import MultimodalLM
-from mllm.train.checkpoint import FINISHED, load_stage
+from mllm.train.stage_folder import FINISHED, load_stage
 from mllm.types import Example, Sample
 
 

@@ -31,10 +31,11 @@ from mllm.models.build import check_llm, named, visual_tokens_per_image
 from mllm.models.multimodal import MultimodalLM
 from mllm.quiet import quiet_libraries
 from mllm.train import zero
-from mllm.train.checkpoint import FINISHED, checkpoints, save_stage
+from mllm.train.checkpoint import checkpoints
 from mllm.train.ledger import Quarantine
 from mllm.train.loop import deal, make_plan, num_steps
 from mllm.train.preflight import preflight
+from mllm.train.stage_folder import FINISHED, save_stage
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -8,8 +8,8 @@ Enters: a YAML whose `init_from` names a finished stage, and flags. Leaves: a st
 from mllm.config import parse
 from mllm.models.build import build_model
 from mllm.stage import build_processor, check_run, close_stage, open_stage, plan_run, read_data, start, user_errors
-from mllm.train.checkpoint import load_stage
 from mllm.train.loop import fit
+from mllm.train.stage_folder import load_stage
 from mllm.train.trainable import choose_trainable
 
 

@@ -18,8 +18,8 @@ from mllm import cli
 from mllm.config import RunConfig, dump_config
 from mllm.generate import Assistant
 from mllm.models.build import ModelConfig, build_model
-from mllm.train.checkpoint import save_stage
-from mllm.train.loop import TrainConfig
+from mllm.train.settings import TrainConfig
+from mllm.train.stage_folder import save_stage
 from mllm.types import Mark, Sample
 
 HEAVY = ("torch", "transformers", "peft", "accelerate", "numpy", "PIL", "matplotlib")

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 
 from mllm.config import RunConfig, dump_config, load_config, parse, validate
 from mllm.models.connectors import LinearConnector, MLPConnector, QFormerConnector
-from mllm.train.loop import TrainConfig
+from mllm.train.settings import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 YAMLS = sorted(

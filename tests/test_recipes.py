@@ -22,8 +22,8 @@ from mllm.config import RunConfig, dump_config, load_config
 from mllm.data.formats.llava import LlavaSource
 from mllm.generate import Assistant
 from mllm.models.build import ModelConfig, build_model
-from mllm.train.checkpoint import save_stage
-from mllm.train.loop import TrainConfig
+from mllm.train.settings import TrainConfig
+from mllm.train.stage_folder import save_stage
 from mllm.types import Message, Sample
 
 ROOT = Path(__file__).parent.parent

@@ -1,13 +1,8 @@
-"""What a run leaves on disk: the stage folder at its end, and on the way the checkpoints that a cut-off run resumes
-from.
+"""Checkpoints: what a run that was cut off goes on from.
 
-Stage folder: `config.yaml`, `connector.safetensors`, `adapter/` (LoRA, peft's own layout) or `llm.safetensors` /
-`vision_encoder.safetensors` where a part trained whole, `processor/`. Frozen weights are named in the config, not
-copied.
-
-Checkpoint `checkpoints/step-N/`: what trains, the optimiser's moments, the step. Both are written
-beside their place and renamed into it, so that a folder of that name is whole. Neither depends on how many ranks
-there were or how DeepSpeed cut the tensors up: every rank calls, the main one writes.
+`checkpoints/step-N/` holds what trains, the optimiser's moments, the step and the plan's position. It is written
+beside its place and renamed into it, so that a folder of that name is whole. It does not depend on how many ranks there
+were or how DeepSpeed cut the tensors up: every rank calls, the main one writes.
 """
 
 from __future__ import annotations
@@ -16,115 +11,18 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mllm.models.multimodal import MultimodalLM
 from mllm.train.shards import load_moments, moments, whole
+from mllm.train.tensors import load_tensors, save_tensors
 from mllm.train.trainable import trained_weights
 
-if TYPE_CHECKING:
-    from mllm.data.processor import Processor
-
-FINISHED = "connector.safetensors"
-"""Every stage ends by writing this file: a folder without it did not finish."""
 KEEP = 2
 """Checkpoints kept: the newest, and one more in case the disk spoils it."""
-
-
-def save_stage(folder: Path, model: MultimodalLM, processor: Processor, config_yaml: str, is_main: bool = True) -> None:
-    """Write the stage folder; `FINISHED` comes last."""
-    if is_main:
-        (folder / "config.yaml").write_text(config_yaml)
-        processor.save(folder / "processor")
-    for name in ("vision_encoder", "llm"):
-        save_part(folder, name, getattr(model, name), is_main)
-    save_whole(model.connector, folder / FINISHED, is_main)
-
-
-def save_part(folder: Path, name: str, part: nn.Module, is_main: bool = True) -> None:
-    """An LLM's adapter, and the whole part if it differs from its Hub id; nothing for a frozen one."""
-    from peft import PeftModel
-
-    differs = getattr(part, "differs_from_hub", False)
-    if isinstance(part, PeftModel):
-        adapter = whole({name: p for name, p in part.named_parameters() if ".lora_" in name}, is_main)
-        if is_main:
-            part.save_pretrained(str(folder / "adapter"), state_dict=adapter)
-    else:
-        differs = differs or any(p.requires_grad for p in part.parameters())
-    if differs:
-        save_tensors(whole(without_adapter(part), is_main), folder / f"{name}.safetensors", is_main)
-
-
-def without_adapter(part: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights under their own names, also where peft has wrapped them; its adapter is left out."""
-    return {
-        name.removeprefix("base_model.model.").replace(".base_layer.", "."): parameter
-        for name, parameter in part.named_parameters()
-        if ".lora_" not in name
-    }
-
-
-def save_whole(module: nn.Module, path: Path, is_main: bool = True) -> None:
-    """Every parameter once (tied ones under their first name)."""
-    save_tensors(whole(dict(module.named_parameters()), is_main), path, is_main)
-
-
-def save_tensors(tensors: dict[str, torch.Tensor], path: Path, is_main: bool = True) -> None:
-    """Through a file beside it, so that a file of that name is whole."""
-    if is_main:
-        beside = path.with_suffix(".partial")
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(beside))
-        beside.rename(path)
-
-
-def load_stage(model: MultimodalLM, folder: Path) -> None:
-    """Read what `save_stage` wrote into a model built from the same config.
-
-    Raises:
-        ValueError: the folder is not a finished stage, or a shape does not fit (named, never left at random).
-    """
-    if not (folder / FINISHED).is_file():
-        raise ValueError(f"{folder} is no finished stage: it has no {FINISHED}")
-    load_whole(model.connector, folder / FINISHED)
-    for name in ("vision_encoder", "llm"):
-        if (folder / f"{name}.safetensors").is_file():
-            load_whole(getattr(model, name), folder / f"{name}.safetensors")
-            getattr(model, name).differs_from_hub = True
-    if (folder / "adapter").is_dir():
-        from peft import PeftModel
-
-        model.llm = PeftModel.from_pretrained(model.llm, str(folder / "adapter"))  # type: ignore[arg-type]
-
-
-def load_whole(module: nn.Module, path: Path) -> None:
-    """Copy a part's weights into place after comparing every name and shape."""
-    load_tensors(dict(module.named_parameters()), path)
-
-
-def load_tensors(own: dict[str, torch.Tensor], path: Path) -> None:
-    """Copy a file into tensors.
-
-    Raises:
-        ValueError: names or shapes differ; names them.
-    """
-    saved = load_file(str(path))
-    wrong = [f"{name}: not in the file" for name in own.keys() - saved.keys()]
-    wrong += [f"{name}: not in the model" for name in saved.keys() - own.keys()]
-    wrong += [
-        f"{name}: {tuple(saved[name].shape)} in the file, {tuple(own[name].shape)} in the model"
-        for name in own.keys() & saved.keys()
-        if saved[name].shape != own[name].shape
-    ]
-    if wrong:
-        raise ValueError(f"{path} does not fit this model:\n  " + "\n  ".join(sorted(wrong)[:8]))
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(saved[name])
 
 
 def save_checkpoint(

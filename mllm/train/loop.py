@@ -10,9 +10,7 @@ first backward pass.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -27,58 +25,19 @@ from mllm.data.streams.plan import StreamPlan
 from mllm.data.streams.reader import Stream
 from mllm.models.feature_cache import FeatureCache
 from mllm.models.multimodal import MultimodalLM
-from mllm.schema import Fraction, NotNegative, Positive, Schema
 from mllm.train import zero
 from mllm.train.checkpoint import load_optimizer, load_weights, newest_state, save_checkpoint
 from mllm.train.ledger import Ledger
-from mllm.train.losses import NextToken, Reduction
+from mllm.train.losses import NextToken
 from mllm.train.metrics import Metrics
-from mllm.train.optimizer import OptimizerName, make_optimizer
-from mllm.train.schedule import Schedule, rate_factor, rates, set_rates
+from mllm.train.optimizer import make_optimizer
+from mllm.train.schedule import rate_factor, rates, set_rates
+from mllm.train.settings import TrainConfig
 from mllm.train.step import optimise
-from mllm.train.trainable import LearningRates, Lora, parameter_groups, set_mode
+from mllm.train.trainable import parameter_groups, set_mode
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-
-@dataclass
-class TrainConfig(Schema):
-    """How long, how fast, in which portions."""
-
-    output_dir: Path
-    """The stage folder that is written."""
-    learning_rate: LearningRates = field(default_factory=LearningRates)
-    """What trains, and its peak rate; a part without a rate is frozen."""
-    lora: Lora | None = None
-    """Adapters on the LLM instead of training it whole."""
-    epochs: NotNegative = 1.0
-    """Passes over the data."""
-    steps: Positive | None = None
-    """Optimiser steps; overrides `epochs`."""
-    rows_per_step: Positive = 8
-    """Rows of one optimiser step over all ranks and accumulation steps: the global batch."""
-    rows_per_micro_batch: Positive = 1
-    """Rows that one rank computes at a time. Changes memory and speed, never the result."""
-    loss_reduction: Reduction = "token"
-    """What counts alike: every supervised token (`token`), every sample (`sample`), or their middle (`sqrt`)."""
-    warmup: Fraction = 0.03
-    """Share of the steps over which the rate rises from zero."""
-    schedule: Schedule = "cosine"
-    optimizer: OptimizerName = "adamw"
-    """`muon`: Muon for matrices, AdamW for vectors; learns small models from scratch in far fewer steps."""
-    weight_decay: NotNegative = 0.0
-    max_grad_norm: NotNegative = 1.0
-    """Longer gradients are scaled down to this; 0 leaves them as they are."""
-    mixed_precision: Literal["no", "bf16"] = "no"
-    """Of the computation; what trains is kept in float32."""
-    gradient_checkpointing: bool = False
-    """Recompute the LLM's layers in the backward pass: less memory, up to a third slower."""
-    feature_cache: NotNegative = 0
-    """Gigabytes of memory for features of the frozen encoder, which then sees each image once; 0 keeps none."""
-    save_every: Positive | None = None
-    """Steps between checkpoints; none where it is not set."""
-    seed: int = 0
 
 
 def make_plan(index: Index | Stream, data: DataConfig, train: TrainConfig, resume: bool = False) -> Plan | StreamPlan:

@@ -19,7 +19,7 @@ from torch import nn
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from mllm.train.loop import TrainConfig
+    from mllm.train.settings import TrainConfig
 
 
 def requested() -> bool:

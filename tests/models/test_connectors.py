@@ -20,8 +20,8 @@ from mllm.config import Loader
 from mllm.data.collate import collate
 from mllm.data.packing import join
 from mllm.models.connectors import ConnectorConfig, MLPConnector, QFormerConnector
-from mllm.train.checkpoint import load_whole, save_whole
 from mllm.train.losses import NextToken, model_inputs
+from mllm.train.stage_folder import load_whole, save_whole
 
 SMALL = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "num_queries": 4}
 """For the members whose defaults are of real size; a field that a member does not have is left out."""

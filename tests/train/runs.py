@@ -19,7 +19,8 @@ from mllm.data.formats.llava import LlavaSource
 from mllm.data.index import build_index
 from mllm.data.loader import DataConfig
 from mllm.models.multimodal import MultimodalLM
-from mllm.train.loop import TrainConfig, fit, make_plan
+from mllm.train.loop import fit, make_plan
+from mllm.train.settings import TrainConfig
 from mllm.train.trainable import LearningRates, Lora, choose_trainable
 
 SEQ_LENGTH = 96

@@ -14,17 +14,9 @@ from conftest import make_model, make_processor, write_llava
 from mllm.data.planning import windows
 from mllm.models.connectors import LinearConnector, QFormerConnector
 from mllm.models.multimodal import MultimodalLM
-from mllm.train.checkpoint import (
-    FINISHED,
-    KEEP,
-    checkpoints,
-    load_optimizer,
-    load_stage,
-    load_weights,
-    save_checkpoint,
-    save_stage,
-)
-from mllm.train.loop import TrainConfig
+from mllm.train.checkpoint import KEEP, checkpoints, load_optimizer, load_weights, save_checkpoint
+from mllm.train.settings import TrainConfig
+from mllm.train.stage_folder import FINISHED, load_stage, save_stage
 from mllm.train.trainable import LearningRates, Lora, choose_trainable, parameter_groups
 from runs import LORA, chosen_model, metrics, run, settings, weights
 

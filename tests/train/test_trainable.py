@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from conftest import make_model, write_llava
-from mllm.train.loop import NextToken
+from mllm.train.losses import NextToken
 from mllm.train.trainable import (
     LearningRates,
     Lora,

@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 from conftest import make_processor
 from mllm.models.multimodal import MultimodalLM
 from mllm.train import zero
-from mllm.train.checkpoint import save_stage
-from mllm.train.loop import TrainConfig
+from mllm.train.settings import TrainConfig
+from mllm.train.stage_folder import save_stage
 from mllm.train.trainable import LearningRates
 from runs import LORA, chosen_model, metrics, on_two_ranks, run, settings, write_llava
 

@@ -1,0 +1,55 @@
+"""How a stage trains: one object, of which every room of this folder reads what concerns it.
+
+Enters: the `train` section of a YAML. Leaves: checked settings; what an option does is told where it is used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from mllm.schema import Fraction, NotNegative, Positive, Schema
+from mllm.train.losses import Reduction
+from mllm.train.optimizer import OptimizerName
+from mllm.train.schedule import Schedule
+from mllm.train.trainable import LearningRates, Lora
+
+
+@dataclass
+class TrainConfig(Schema):
+    """How long, how fast, in which portions."""
+
+    output_dir: Path
+    """The stage folder that is written."""
+    learning_rate: LearningRates = field(default_factory=LearningRates)
+    """What trains, and its peak rate; a part without a rate is frozen."""
+    lora: Lora | None = None
+    """Adapters on the LLM instead of training it whole."""
+    epochs: NotNegative = 1.0
+    """Passes over the data."""
+    steps: Positive | None = None
+    """Optimiser steps; overrides `epochs`."""
+    rows_per_step: Positive = 8
+    """Rows of one optimiser step over all ranks and accumulation steps: the global batch."""
+    rows_per_micro_batch: Positive = 1
+    """Rows that one rank computes at a time. Changes memory and speed, never the result."""
+    loss_reduction: Reduction = "token"
+    """What counts alike: every supervised token (`token`), every sample (`sample`), or their middle (`sqrt`)."""
+    warmup: Fraction = 0.03
+    """Share of the steps over which the rate rises from zero."""
+    schedule: Schedule = "cosine"
+    optimizer: OptimizerName = "adamw"
+    """`muon`: Muon for matrices, AdamW for vectors; learns small models from scratch in far fewer steps."""
+    weight_decay: NotNegative = 0.0
+    max_grad_norm: NotNegative = 1.0
+    """Longer gradients are scaled down to this; 0 leaves them as they are."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """Of the computation; what trains is kept in float32."""
+    gradient_checkpointing: bool = False
+    """Recompute the LLM's layers in the backward pass: less memory, up to a third slower."""
+    feature_cache: NotNegative = 0
+    """Gigabytes of memory for features of the frozen encoder, which then sees each image once; 0 keeps none."""
+    save_every: Positive | None = None
+    """Steps between checkpoints; none where it is not set."""
+    seed: int = 0
