@@ -22,10 +22,18 @@ from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GPTNeoXConfig,
     LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 
 from mllm.data.processor import Processor
@@ -40,7 +48,25 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-LLM_CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+WINDOW = 6
+"""Tokens that a sliding window sees: far fewer than a row of the tests has."""
+SLIDING = {"use_sliding_window": True, "sliding_window": WINDOW}
+GEMMA = {"sliding_window": WINDOW, "query_pre_attn_scalar": 8, "layer_types": ["sliding_attention", "full_attention"]}
+LLM_CONFIGS = {
+    "llama": (LlamaConfig, {}),
+    "qwen2": (Qwen2Config, {}),
+    "qwen2_sliding": (Qwen2Config, {**SLIDING, "max_window_layers": 1}),
+    "qwen3": (Qwen3Config, {}),
+    "mistral": (MistralConfig, {"sliding_window": WINDOW}),
+    "gemma": (GemmaConfig, {}),
+    "gemma2": (Gemma2Config, {**GEMMA, "attn_logit_softcapping": 0.5, "final_logit_softcapping": 0.05}),
+    "gemma3": (Gemma3TextConfig, GEMMA),
+    "phi3": (Phi3Config, {"sliding_window": WINDOW}),
+    "smollm3": (SmolLM3Config, {**SLIDING, "no_rope_layers": [1, 0]}),
+    "olmo2": (Olmo2Config, {}),
+    "gpt_neox": (GPTNeoXConfig, {"num_key_value_heads": 4}),
+}
+"""By family: its class, and what makes it different from Llama."""
 
 torch.set_num_threads(1)
 
@@ -81,7 +107,8 @@ def make_llm(family: str = "llama", attention: str = "sdpa", seed: int = 0, **ov
         "max_position_embeddings": 512,
         **ENDS,
     }
-    config = LLM_CONFIGS[family](**{**settings, **overrides})
+    kind, own = LLM_CONFIGS[family]
+    config = kind(**{**settings, **own, **overrides})
     return AutoModelForCausalLM.from_config(config, attn_implementation=attention)
 
 

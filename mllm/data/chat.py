@@ -12,7 +12,7 @@ from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from mllm.data.talk.answers import render_with_spans
-from mllm.data.talk.template import apply_template, known, special_tokens, words
+from mllm.data.talk.template import apply_template, known, on_the_same_day, special_tokens, words
 from mllm.types import IGNORE_INDEX, Message
 
 if TYPE_CHECKING:
@@ -39,11 +39,18 @@ def ensure_template(tokenizer: PreTrainedTokenizerBase) -> None:
             f"labels cannot be taken from it. Convert it to a tokenizer.json"
         )
     if not tokenizer.chat_template:
+        if tokenizer.eos_token is None:
+            raise ValueError(
+                f"{tokenizer.name_or_path} has neither a chat template nor an eos token: an answer would never end. "
+                f"Set one of them in its tokenizer_config.json"
+            )
         warnings.warn(
             f"{tokenizer.name_or_path} has no chat template: using mllm's default (USER: / ASSISTANT:)",
             stacklevel=2,
         )
         tokenizer.chat_template = DEFAULT_TEMPLATE
+    if isinstance(tokenizer.chat_template, str):
+        tokenizer.chat_template = on_the_same_day(tokenizer.chat_template)
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], prompt: bool = False) -> str:
@@ -85,3 +92,10 @@ def end_mark_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     ids, labels = encode(tokenizer, [Message("user", ["a"]), Message("assistant", ["b"])])
     last = [i for i, label in zip(ids, labels, strict=True) if label != IGNORE_INDEX][-1]
     return last if tokenizer.decode([last]) in special_tokens(tokenizer) else None
+
+
+def template_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The whole tokens that the template prints around the words, with their ids; the LLM must know them."""
+    ids, _ = encode(tokenizer, [Message("user", ["a"]), Message("assistant", ["b"])])
+    added = known(tokenizer).added
+    return {str(tokenizer.convert_ids_to_tokens(token)): token for token in dict.fromkeys(ids) if token in added}

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mllm.data import chat
 from mllm.data.index import Index
 from mllm.data.indexing.tally import sentence
 from mllm.data.plan import Plan
@@ -22,6 +23,7 @@ from mllm.data.streams.batches import Look, look
 from mllm.data.streams.plan import StreamPlan
 from mllm.data.streams.reader import Stream
 from mllm.models.multimodal import MultimodalLM
+from mllm.models.vocabulary import untrained_tokens
 from mllm.train.trainable import LearningRates, parts
 from mllm.types import IGNORE_INDEX, Sample
 
@@ -53,6 +55,7 @@ def preflight(
         console.print(numbers_table(known, plan, processor, steps))
         if plan.packing and (advice := advisor.warning(known.length, plan.seq_length)):
             console.print(Text.assemble(("warning: ", "bold yellow"), advice))
+    console.print(template_line(model, processor))
     sample = known.sample(0)
     console.print(
         Text.assemble("first sample (supervised in green): ", render_mask(processor, sample, plan.seq_length))
@@ -93,6 +96,21 @@ def stream_table(known: Look, plan: Plan | StreamPlan, processor: Processor, ste
         ("rows", f"{steps * plan.rows_per_step:,} of {plan.seq_length} tokens"),
     )
     return table_of(rows)
+
+
+def template_line(model: MultimodalLM, processor: Processor) -> Text:
+    """The tokens of the chat template, and whether the LLM has learned what they mean."""
+    tokens = chat.template_tokens(processor.tokenizer)
+    untrained = untrained_tokens(model.llm, tokens)
+    if not untrained:
+        rows = f"{' '.join(tokens)}, all with rows that the LLM has learned" if tokens else "plain words"
+        return Text(f"chat template: {rows}")
+    learns = model.llm.get_input_embeddings().weight.requires_grad
+    remedy = "they are trained here" if learns else "nothing here trains them: take the instruct model of this LLM"
+    return Text.assemble(
+        ("warning: ", "bold yellow"),
+        f"rows of the LLM's embedding table look untrained: {' '.join(untrained)}; {remedy}",
+    )
 
 
 def table_of(rows: Iterable[tuple[str, str]]) -> Table:

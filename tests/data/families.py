@@ -125,6 +125,29 @@ GENERATION = (
     "{% else %}<|{{ m.role }}|>{{ m.content }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+SMOLLM3 = (
+    "{%- set mode = '/think' if (enable_thinking | default(true)) else '/no_think' -%}"
+    "{{- '<|im_start|>system\n## Metadata\n\nToday Date: ' + strftime_now('%d %B %Y') + '\nReasoning Mode: ' + mode }}"
+    "{%- if messages[0].role == 'system' %}{{- '\n\n' + messages[0].content.rstrip() }}{%- endif -%}"
+    "{{- '<|im_end|>\n' }}"
+    "{%- for m in messages -%}"
+    "{%- if m.role == 'user' -%}{{ '<|im_start|>user\n' + m.content + '<|im_end|>\n' }}"
+    "{%- elif m.role == 'assistant' -%}{% generation %}"
+    "{%- if mode == '/think' -%}{{ '<|im_start|>assistant\n' + m.content.lstrip('\n') + '<|im_end|>\n' }}"
+    "{%- else -%}{{ '<|im_start|>assistant\n<think>\n\n</think>\n' + m.content.lstrip('\n') + '<|im_end|>\n' }}"
+    "{%- endif -%}{% endgeneration %}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}"
+    "{{ '<|im_start|>assistant\n' if mode == '/think' else '<|im_start|>assistant\n<think>\n\n</think>\n' }}"
+    "{%- endif -%}"
+)
+OLMO2 = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m['role'] == 'assistant' %}"
+    "{{ '<|assistant|>\n' + m['content'] + eos_token + ('' if loop.last else '\n') }}"
+    "{% else %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '\n' }}{% endif %}"
+    "{% if loop.last and add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}{% endfor %}"
+)
 IM = ("<|im_start|>", "<|im_end|>")
 HEADERS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 
@@ -144,6 +167,8 @@ FAMILIES = {
         ("<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"),
         eos="<｜end▁of▁sentence｜>",
     ),
+    "smollm3": Family(SMOLLM3, "<|im_end|>", IM, eos="<|im_end|>"),
+    "olmo2": Family(OLMO2, "<|endoftext|>", ("<|endoftext|>",), eos="<|endoftext|>"),
     "generation": Family(GENERATION, "<|end|>"),
     "none": Family(None, "<|end|>"),
 }

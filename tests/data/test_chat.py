@@ -59,7 +59,7 @@ def expected(family: Family, answer: str) -> str:
 def test_labels_cover_only_assistant_words(name: str, answer: str) -> None:
     [run] = supervised(TOKENIZERS[name], talk(answer))
     wanted = expected(FAMILIES[name], answer)
-    if name == "qwen3":  # prints the last answer without its first new lines
+    if name in ("qwen3", "smollm3"):  # print the last answer without its first new lines
         wanted = wanted.lstrip("\n")
     assert run.strip() == wanted
 
@@ -124,6 +124,16 @@ def test_thinking_is_no_label_and_is_in_the_prompt() -> None:
     assert supervised(tokenizer, talk("red", "blue")) == ["red<|im_end|>", "blue<|im_end|>"]
 
 
+def test_a_template_that_prints_todays_date_prints_the_same_every_day() -> None:
+    """SmolLM3 and Llama 3.1 do: lengths in a stored index, and a run resumed after midnight, must not hang on it."""
+    tokenizer = FAMILIES["smollm3"].tokenizer()
+    assert "26 July 2024" not in chat.render(tokenizer, talk("red"))
+    chat.ensure_template(tokenizer)
+    text = chat.render(tokenizer, talk("red"))
+    assert text.startswith("<|im_start|>system\n## Metadata\n\nToday Date: 26 July 2024\nReasoning Mode: /no_think")
+    assert supervised(tokenizer, talk("red", "blue")) == ["red<|im_end|>", "blue<|im_end|>"]
+
+
 def test_offsets_without_their_spaces_lose_no_label() -> None:
     tokenizer = FAMILIES["llama3"].tokenizer()  # as the real one: ByteLevel trims offsets behind the template
     tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
@@ -175,6 +185,13 @@ def test_a_tokenizer_without_template_gets_the_default_with_a_warning() -> None:
     with pytest.warns(UserWarning, match="tests' tokenizer has no chat template"):
         chat.ensure_template(tokenizer)
     assert tokenizer.chat_template == chat.DEFAULT_TEMPLATE
+
+
+def test_a_tokenizer_without_template_and_without_an_end_is_refused() -> None:
+    tokenizer = make_tokenizer(None)
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match=r"neither a chat template nor an eos token"):
+        chat.ensure_template(tokenizer)
 
 
 def test_a_slow_tokenizer_is_refused_with_the_remedy() -> None:

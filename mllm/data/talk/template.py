@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from datetime import date
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -19,6 +20,16 @@ if TYPE_CHECKING:
 
 Turn = tuple[str, str]
 """Role and words."""
+
+TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
+SAME_DAY = date(2024, 7, 26)
+"""The day that Llama 3.1's own template falls back to."""
+
+
+def on_the_same_day(template: str) -> str:
+    """The template with a fixed day in place of today (Llama 3.1, SmolLM3): else the lengths in a stored index, and
+    the losses of a run that is resumed, would change at midnight."""
+    return TODAY.sub(lambda call: repr(SAME_DAY.strftime(call[2])), template)
 
 
 def words(message: Message) -> str:
