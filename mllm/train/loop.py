@@ -27,6 +27,7 @@ from mllm.models.feature_cache import FeatureCache
 from mllm.models.multimodal import MultimodalLM
 from mllm.train import zero
 from mllm.train.checkpoint import load_optimizer, load_weights, newest_state, save_checkpoint
+from mllm.train.clock import Clock
 from mllm.train.ledger import Ledger
 from mllm.train.losses import NextToken
 from mllm.train.metrics import Metrics
@@ -119,16 +120,16 @@ def fit(
     if first_step:
         ledger.resume(accelerator, first_step)
     micro_batches = batches(dataset, first_step, last_step, data.num_workers)
-    with Metrics(train.output_dir, first_step, last_step, accelerator.is_main_process) as metrics:
+    clock = Clock()
+    with Metrics(train, first_step, last_step, accelerator.is_main_process) as metrics:
         for step in range(first_step, last_step):
             torch.manual_seed(step_seed(train.seed, step, accelerator.process_index))
             set_rates(optimizer, rate_factor(step, last_step, train.warmup, train.schedule))
-            block = [next(micro_batches) for _ in range(dataset.accumulation)]
+            block = clock.block(micro_batches, dataset.accumulation)
             numbers = optimise(accelerator, objective, optimizer, block, train.max_grad_norm, train.loss_reduction)
+            numbers |= {**plan.counts(step), **rates(optimizer), **clock.lap(plan.counts(step)["tokens"])}
             ledger.note(accelerator, block, plan, step)
-            metrics.step(
-                step + 1, {**numbers, **plan.counts(step), **rates(optimizer), "skipped": ledger.tally.holes.total()}
-            )
+            metrics.step(step + 1, {**numbers, "skipped": ledger.tally.holes.total()})
             if train.save_every and (step + 1) % train.save_every == 0:
                 is_main = accelerator.is_main_process
                 position = plan.position(step + 1) if is_main else None

@@ -1,18 +1,25 @@
-"""What a run says while it runs: one line a step in `metrics.jsonl`, a progress bar with the same numbers,
-`loss.png`.
+"""What a run says while it runs: one line a step, with the same fields on the screen, in `metrics.jsonl` and in the
+trackers; a progress bar; `loss.png`.
 
-Enters: the numbers of each step. Leaves: the files in the stage folder. Only rank 0 makes one of these.
+Enters: the numbers of each step. Leaves: the files in the stage folder. Only rank 0 speaks.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from mllm.train.picture import draw_loss
+from mllm.train.screen import sentence
+
+if TYPE_CHECKING:
+    from mllm.train.settings import TrainConfig
 
 REDRAW_SECONDS = 30.0
 """How often loss.png is drawn anew: often enough to watch, too seldom to cost."""
@@ -21,9 +28,9 @@ REDRAW_SECONDS = 30.0
 class Metrics:
     """A context: the bar runs inside it, the picture is final when it is left. Off the main process it is mute."""
 
-    def __init__(self, folder: Path, first_step: int, last_step: int, is_main: bool) -> None:
-        self.folder, self.is_main = folder, is_main
-        self.lines = keep_before(folder / "metrics.jsonl", first_step) if is_main else []
+    def __init__(self, train: TrainConfig, first_step: int, last_step: int, is_main: bool) -> None:
+        self.folder, self.is_main = train.output_dir, is_main
+        self.lines = keep_before(self.folder / "metrics.jsonl", first_step) if is_main else []
         self.first_step, self.last_step = first_step, last_step
         self.before = self.lines[-1]["seconds"] if self.lines else 0.0
         self.bar = Progress(
@@ -35,6 +42,8 @@ class Metrics:
             TextColumn("{task.fields[numbers]}"),
             disable=not is_main,
         )
+        # a terminal has the bar, a log file has nothing else
+        self.log_every = train.log_every or (0 if self.bar.console.is_terminal else 1)
 
     def __enter__(self) -> Metrics:
         self.task = self.bar.add_task("train", total=self.last_step, completed=self.first_step, numbers="")
@@ -43,19 +52,32 @@ class Metrics:
         return self
 
     def step(self, step: int, numbers: dict[str, Any]) -> None:
-        """One optimiser step: a line in the file, a tick of the bar."""
+        """One optimiser step: a line in the file and on the screen, a tick of the bar."""
         if not self.is_main:
             return
         seconds = self.before + time.perf_counter() - self.started
-        rate = numbers["tokens"] / max(1e-9, seconds - (self.lines[-1]["seconds"] if self.lines else 0.0))
-        line = {"step": step, **numbers, "seconds": round(seconds, 3), "tokens_per_second": round(rate, 1)}
+        line = {"step": step, **numbers, "seconds": round(seconds, 3)}
         self.lines.append(line)
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
-        self.bar.update(self.task, advance=1, numbers=f"loss {line['loss']:.3f}  {rate:,.0f} tok/s")
+        self.show(line)
         if time.perf_counter() - self.drawn > REDRAW_SECONDS:
             self.drawn = time.perf_counter()
             draw_loss(self.lines, self.folder / "loss.png")
+
+    def show(self, line: dict[str, Any]) -> None:
+        """The bar moves on; the whole line stands above it where it is due."""
+        rate, waited = line["tokens_per_second"], line["data_wait"]
+        numbers = f"loss {line['loss']:.3f}  {rate:,.0f} tok/s  waited {waited:.0%}"
+        self.bar.update(self.task, advance=1, numbers=numbers)
+        is_due = bool(self.log_every) and (line["step"] % self.log_every == 0 or line["step"] == self.last_step)
+        if is_due or "held_out" in line:
+            self.say(sentence(line, self.last_step))
+
+    def say(self, words: str) -> None:
+        """A line above the bar, as it is: neither wrapped nor coloured."""
+        if self.is_main:
+            self.bar.console.print(words, markup=False, highlight=False, soft_wrap=True)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -66,26 +88,23 @@ class Metrics:
 
 
 def keep_before(path: Path, step: int) -> list[dict[str, Any]]:
-    """The lines of earlier steps, after cutting the file there: a resumed run writes the later ones anew."""
-    if not path.exists():
-        return []
-    whole = [line for line in path.read_text().splitlines() if line.endswith("}")]  # a cut-off run may leave half a one
-    kept = [line for line in map(json.loads, whole) if line["step"] <= step]
-    path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    """The lines of the steps up to that one, after cutting the file there: a resumed run writes the later ones anew.
+
+    A run that is killed here leaves the old file or the new one, whole.
+    """
+    lines = whole_lines(path)
+    kept = [line for line in lines if line["step"] <= step]
+    if path.exists():
+        beside = path.with_name(f".{path.name}")
+        with beside.open("w") as file:
+            file.writelines(json.dumps(line) + "\n" for line in kept)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
     return kept
 
 
-def draw_loss(lines: list[dict[str, Any]], path: Path) -> None:
-    """The loss curve as a picture; nothing where no step has run."""
-    if not lines:
-        return
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 3.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    axes.plot([line["step"] for line in lines], [line["loss"] for line in lines], linewidth=1.2)
-    axes.set(xlabel="step", ylabel="loss", title=path.parent.name)
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+def whole_lines(path: Path) -> list[dict[str, Any]]:
+    """What stands in the file; half a line, which a run that was killed may leave at its end, has no newline."""
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]

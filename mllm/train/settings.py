@@ -50,6 +50,9 @@ class TrainConfig(Schema):
     """Recompute the LLM's layers in the backward pass: less memory, up to a third slower."""
     feature_cache: NotNegative = 0
     """Gigabytes of memory for features of the frozen encoder, which then sees each image once; 0 keeps none."""
+    log_every: Positive | None = None
+    """Steps between lines on the screen; `metrics.jsonl` has every step. Where it is not set: every step in a log file,
+    and in a terminal those with a held-out loss alone, since the bar shows the newest."""
     save_every: Positive | None = None
     """Steps between checkpoints; none where it is not set."""
     seed: int = 0
