@@ -140,7 +140,10 @@ def explain(mistake: Any) -> str:
     if "auto" in mistake["loc"]:
         place = where.replace(".auto.", ".")
         return f"{place}: an option of one format: name it (`format: captions`, say) beside the option"
-    near = difflib.get_close_matches(key, set(known_keys(RunConfig)), n=1)
+    known = set(known_keys(RunConfig))
+    near = difflib.get_close_matches(key, keys_beside(mistake["loc"]), n=1) or difflib.get_close_matches(
+        key, known, n=1
+    )
     return f"{where}: unknown key" + (f", did you mean {near[0]!r}?" if near else "")
 
 
@@ -153,6 +156,20 @@ def known_keys(kind: Any) -> Iterator[str]:
                 yield from known_keys(hint)
     for argument in get_args(kind):
         yield from known_keys(argument)
+
+
+def keys_beside(place: tuple[Any, ...]) -> set[str]:
+    """Field names of the section in which a key stands; tags of unions and places in lists are passed over."""
+    kinds: list[Any] = [RunConfig]
+    for name in place[:-1]:
+        hints = [get_type_hints(kind)[name] for kind in kinds if name in get_type_hints(kind)]
+        kinds = [found for hint in hints for found in sections(hint)] or kinds
+    return {name for kind in kinds for name in get_type_hints(kind)}
+
+
+def sections(hint: Any) -> list[Any]:
+    """The config classes that a type names."""
+    return [hint] if is_dataclass(hint) else [found for argument in get_args(hint) for found in sections(argument)]
 
 
 class Loader(yaml.SafeLoader):

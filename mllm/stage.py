@@ -46,6 +46,7 @@ WRITTEN = (
     "llm.safetensors",
     "vision_encoder.safetensors",
     "adapter",
+    "vision_adapter",
     "processor",
     "checkpoints",
     "metrics.jsonl",

@@ -21,7 +21,7 @@ def main() -> None:
     model = build_model(config.parts(), processor.image_token_id)
     if config.init_from:
         load_stage(model, config.init_from)
-    choose_trainable(model, config.train.learning_rate, config.train.lora)
+    choose_trainable(model, config.train.learning_rate, config.train.lora, config.train.vision_lora)
 
     index = read_data(accelerator, config, processor)
     plan = plan_run(config, index)

@@ -17,6 +17,7 @@ from torch import nn
 
 from mllm.models.connectors import ConnectorConfig, MLPConnector
 from mllm.models.multimodal import MultimodalLM
+from mllm.models.quantised import check_installed, quantisation_config, quantise
 from mllm.models.vision_encoder import VisionEncoder, num_patches, vision_config
 from mllm.schema import Schema
 from mllm.types import Normalisation
@@ -38,6 +39,8 @@ class ModelConfig(Schema):
     """Of the frozen weights. What trains is kept in float32."""
     attention: Literal["sdpa", "eager"] = "sdpa"
     """The LLM's attention kernel; both isolate packed samples."""
+    quantisation: Literal["nf4"] | None = None
+    """Four bits a weight for the LLM's linear layers (NF4, bitsandbytes): a frozen LLM, or QLoRA with `train.lora`."""
     random_weights: bool = False
     """Draw all weights at random from the configs alone: for dry runs and benchmarks, never for training."""
 
@@ -101,10 +104,18 @@ def load_llm(config: ModelConfig) -> Any:
     """The causal LLM with the attention kernel of the config."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    if config.quantisation:
+        check_installed()
     with named("LLM", config.llm):
-        options: dict[str, Any] = {"dtype": getattr(torch, config.dtype), "attn_implementation": config.attention}
+        dtype = getattr(torch, config.dtype)
+        options: dict[str, Any] = {"dtype": dtype, "attn_implementation": config.attention}
         if config.random_weights:
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.llm), **options)
+            drawn = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.llm), **options)
+            if config.quantisation:
+                quantise(drawn, dtype)
+            return drawn
+        if config.quantisation:
+            options["quantization_config"] = quantisation_config(dtype)
         return AutoModelForCausalLM.from_pretrained(config.llm, **options)
 
 

@@ -24,7 +24,7 @@ from mllm.data.streams.plan import StreamPlan
 from mllm.data.streams.reader import Stream
 from mllm.models.multimodal import MultimodalLM
 from mllm.models.vocabulary import untrained_tokens
-from mllm.train.trainable import LearningRates, parts
+from mllm.train.trainable import LearningRates, parts, refinements
 from mllm.types import IGNORE_INDEX, Sample
 
 if TYPE_CHECKING:
@@ -64,11 +64,13 @@ def preflight(
 
 
 def parts_table(model: MultimodalLM, rates: LearningRates) -> Table:
-    """Parts with their parameters, frozen and trained, and the rate."""
+    """Parts with their parameters, frozen and trained, and the rate; below a part what refines it."""
     table = Table("part", "frozen", "trained", "learning rate", title="what trains", title_justify="left")
     for part in parts(model, rates):
         rate = f"{part.rate:g}" if part.trained else "-"
         table.add_row(part.name, f"{part.frozen:,}", f"{part.trained:,}", rate)
+        for words, trained, factor_rates in refinements(model, rates, part.name) if part.trained else []:
+            table.add_row(Text(words), "", f"{trained:,}", factor_rates)
     return table
 
 

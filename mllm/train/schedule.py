@@ -30,5 +30,5 @@ def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 
 def rates(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, float]]:
-    """The rate of each part in this step."""
-    return {"learning_rate": {group["part"]: group["lr"] for group in optimizer.param_groups}}
+    """The rate of each part in this step, as the table has it; groups with a factor have that times it."""
+    return {"learning_rate": {group["part"]: group["lr"] / group.get("scale", 1.0) for group in optimizer.param_groups}}

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Literal
 
 from mllm.schema import Fraction, NotNegative, Positive, Schema
+from mllm.train.adapters import Lora
 from mllm.train.losses import Reduction
 from mllm.train.optimizer import OptimizerName
 from mllm.train.schedule import Schedule
-from mllm.train.trainable import LearningRates, Lora
+from mllm.train.trainable import LearningRates
 
 
 @dataclass
@@ -26,6 +27,8 @@ class TrainConfig(Schema):
     """What trains, and its peak rate; a part without a rate is frozen."""
     lora: Lora | None = None
     """Adapters on the LLM instead of training it whole."""
+    vision_lora: Lora | None = None
+    """Adapters on the vision encoder instead of training it whole."""
     epochs: NotNegative = 1.0
     """Passes over the data."""
     steps: Positive | None = None

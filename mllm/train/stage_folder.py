@@ -1,7 +1,7 @@
 """What a finished stage leaves on disk, and how the next one, or a chat, reads it.
 
-`config.yaml`, `connector.safetensors`, `adapter/` (LoRA, peft's own layout) or `llm.safetensors` /
-`vision_encoder.safetensors` where a part trained whole, `processor/`. Frozen weights are named in the config, not
+`config.yaml`, `connector.safetensors`, `adapter/` and `vision_adapter/` (LoRA, peft's own layout) or `llm.safetensors`
+/ `vision_encoder.safetensors` where a part trained whole, `processor/`. Frozen weights are named in the config, not
 copied. Nothing depends on how many ranks there were or how DeepSpeed cut the tensors up: every rank calls, the main
 one writes.
 """
@@ -15,12 +15,16 @@ import torch
 from torch import nn
 
 from mllm.models.multimodal import MultimodalLM
+from mllm.train.adapters import is_adapted, put, wrapped
+from mllm.train.scales import plain
 from mllm.train.shards import whole
 from mllm.train.tensors import load_tensors, save_tensors
 
 if TYPE_CHECKING:
     from mllm.data.processor import Processor
 
+ADAPTERS = {"vision_encoder": "vision_adapter", "llm": "adapter"}
+"""Where a part's adapter lies in the folder."""
 FINISHED = "connector.safetensors"
 """Every stage ends by writing this file: a folder without it did not finish."""
 
@@ -30,20 +34,19 @@ def save_stage(folder: Path, model: MultimodalLM, processor: Processor, config_y
     if is_main:
         (folder / "config.yaml").write_text(config_yaml)
         processor.save(folder / "processor")
-    for name in ("vision_encoder", "llm"):
-        save_part(folder, name, getattr(model, name), is_main)
+    for name in ADAPTERS:
+        save_part(folder, model, name, is_main)
     save_whole(model.connector, folder / FINISHED, is_main)
 
 
-def save_part(folder: Path, name: str, part: nn.Module, is_main: bool = True) -> None:
-    """An LLM's adapter, and the whole part if it differs from its Hub id; nothing for a frozen one."""
-    from peft import PeftModel
-
+def save_part(folder: Path, model: MultimodalLM, name: str, is_main: bool = True) -> None:
+    """A part's adapter, and the whole part if it differs from its Hub id; nothing for a frozen one."""
+    part, inner = getattr(model, name), wrapped(model, name)
     differs = getattr(part, "differs_from_hub", False)
-    if isinstance(part, PeftModel):
-        adapter = whole({name: p for name, p in part.named_parameters() if ".lora_" in name}, is_main)
+    if is_adapted(inner):
+        adapter = whole({key: p for key, p in inner.named_parameters() if ".lora_" in key}, is_main)
         if is_main:
-            part.save_pretrained(str(folder / "adapter"), state_dict=adapter)
+            inner.save_pretrained(str(folder / ADAPTERS[name]), state_dict=adapter)
     else:
         differs = differs or any(p.requires_grad for p in part.parameters())
     if differs:
@@ -52,11 +55,7 @@ def save_part(folder: Path, name: str, part: nn.Module, is_main: bool = True) ->
 
 def without_adapter(part: nn.Module) -> dict[str, torch.Tensor]:
     """The weights under their own names, also where peft has wrapped them; its adapter is left out."""
-    return {
-        name.removeprefix("base_model.model.").replace(".base_layer.", "."): parameter
-        for name, parameter in part.named_parameters()
-        if ".lora_" not in name
-    }
+    return {plain(name): parameter for name, parameter in part.named_parameters() if ".lora_" not in name}
 
 
 def save_whole(module: nn.Module, path: Path, is_main: bool = True) -> None:
@@ -77,10 +76,11 @@ def load_stage(model: MultimodalLM, folder: Path) -> None:
         if (folder / f"{name}.safetensors").is_file():
             load_whole(getattr(model, name), folder / f"{name}.safetensors")
             getattr(model, name).differs_from_hub = True
-    if (folder / "adapter").is_dir():
-        from peft import PeftModel
+    for name, adapter in ADAPTERS.items():
+        if (folder / adapter).is_dir():
+            from peft import PeftModel
 
-        model.llm = PeftModel.from_pretrained(model.llm, str(folder / "adapter"))  # type: ignore[arg-type]
+            put(model, name, PeftModel.from_pretrained(wrapped(model, name), str(folder / adapter)))
 
 
 def load_whole(module: nn.Module, path: Path) -> None:

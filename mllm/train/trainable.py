@@ -6,33 +6,41 @@ rate (set before anything wraps the model), and the optimiser's parameter groups
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import re
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from mllm.models.multimodal import MultimodalLM
-from mllm.schema import Fraction, NotNegative, Positive, Schema
+from mllm.models.quantised import is_quantised, numel
+from mllm.schema import NotNegative, Schema
+from mllm.train.adapters import Lora, attach_lora, merge_adapter
+from mllm.train.scales import Decay, PartName, check_patterns, check_used, factors, plain
+
+PARTS: tuple[PartName, ...] = ("connector", "llm", "vision_encoder")
+"""In the order of the optimiser's groups."""
 
 
 @dataclass
 class LearningRates(Schema):
-    """Peak learning rate of each part. A part without a rate is frozen."""
+    """Peak learning rate of each part. A part without a rate, or with 0, is frozen."""
 
     connector: NotNegative | None = None
     llm: NotNegative | None = None
-    """Of the whole LLM, or of its LoRA adapter where `lora` is set."""
+    """Of the whole LLM, or of its adapter where `lora` is set."""
     vision_encoder: NotNegative | None = None
+    """Of the whole encoder, or of its adapter where `vision_lora` is set."""
+    patterns: dict[str, NotNegative] = field(default_factory=dict)
+    """Factors on the part's rate where a regular expression is found in a parameter's name: `{"llm.*embed_tokens":
+    0.1}`; 0 freezes, several multiply."""
+    layer_decay: dict[PartName, Decay] = field(default_factory=dict)
+    """Factor from each layer of a part to the one below it: `{vision_encoder: 0.9}`; embeddings lie below the
+    first."""
 
-
-@dataclass
-class Lora(Schema):
-    """Low-rank adapters on every linear layer of the LLM except its head (peft)."""
-
-    rank: Positive = 16
-    alpha: Positive = 32
-    dropout: Fraction = 0.0
+    def __post_init__(self) -> None:
+        check_patterns(self.patterns)
 
 
 @dataclass
@@ -45,76 +53,95 @@ class Part:
     rate: float | None
 
 
-def choose_trainable(model: MultimodalLM, rates: LearningRates, lora: Lora | None) -> None:
+def choose_trainable(
+    model: MultimodalLM, rates: LearningRates, lora: Lora | None, vision_lora: Lora | None = None
+) -> None:
     """Switch on what the table names; everything else stays frozen.
 
     Trained weights become float32 (bfloat16 cannot hold the small steps of an optimiser).
+
+    Raises:
+        ValueError: the table says something that cannot be meant.
     """
-    if lora and rates.llm is None:
-        raise ValueError("train.lora without train.learning_rate.llm: an adapter without a rate would not train")
-    if not any(getattr(rates, part.name) for part in fields(rates)):
-        raise ValueError("nothing trains: give train.learning_rate.connector, .llm or .vision_encoder a rate")
+    adapters = {"llm": lora, "vision_encoder": vision_lora}
+    check_table(model, rates, adapters)
     model.requires_grad_(False)
-    if lora:
-        attach_lora(model, lora)
-    elif rates.llm is not None:
-        merge_lora(model)
-        model.llm.requires_grad_(True)
-    if rates.connector is not None:
+    for name, adapter in adapters.items():
+        if adapter:
+            attach_lora(model, adapter, name)
+        elif getattr(rates, name):
+            merge_adapter(model, name)
+            getattr(model, name).requires_grad_(True)
+    if rates.connector:
         model.connector.requires_grad_(True)
-    if rates.vision_encoder is not None:
-        model.vision_encoder.requires_grad_(True)
+    if rates.vision_encoder:
         model.vision_encoder.freeze_behind_tap()
+    freeze_scaled_to_zero(model, rates)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
 
 
-def attach_lora(model: MultimodalLM, lora: Lora) -> None:
-    """Wrap the LLM, and only the LLM: `all-linear` on the whole model would leak into encoder and connector."""
-    from peft import LoraConfig, PeftModel, get_peft_model
-
-    if isinstance(model.llm, PeftModel):  # an earlier stage's adapter goes on training
-        own: Any = model.llm.peft_config["default"]
-        if (own.r, own.lora_alpha) != (lora.rank, lora.alpha):
+def check_table(model: MultimodalLM, rates: LearningRates, adapters: dict[str, Lora | None]) -> None:
+    """Stop where the table and the adapters contradict each other."""
+    for name, adapter in adapters.items():
+        if adapter and not getattr(rates, name):
+            option = "lora" if name == "llm" else "vision_lora"
             raise ValueError(
-                f"the earlier stage's adapter has rank {own.r} and alpha {own.lora_alpha}, train.lora says "
-                f"rank {lora.rank} and alpha {lora.alpha}: an adapter cannot change its size"
+                f"train.{option} without train.learning_rate.{name}: an adapter without a rate would not train"
             )
-        for name, parameter in model.llm.named_parameters():
-            parameter.requires_grad_("lora_" in name)
-        return
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules="all-linear",
-    )
-    model.llm = get_peft_model(model.llm, config)  # type: ignore[arg-type]
+    if not any(getattr(rates, name) for name in PARTS):
+        raise ValueError("nothing trains: give train.learning_rate.connector, .llm or .vision_encoder a rate")
+    if rates.llm and not adapters["llm"] and is_quantised(model.llm):
+        raise ValueError(
+            "train.learning_rate.llm would train the whole LLM, and model.quantisation holds it in four bits, which "
+            "cannot take an optimiser's small steps: add train.lora (QLoRA), or set model.quantisation to null"
+        )
+    for name in rates.layer_decay:
+        if not getattr(rates, name):
+            raise ValueError(f"train.learning_rate.layer_decay.{name} without train.learning_rate.{name}: it is frozen")
 
 
-def merge_lora(model: MultimodalLM) -> None:
-    """Put an earlier stage's adapter into the weights below it, before these train themselves."""
-    from peft import PeftModel
+def freeze_scaled_to_zero(model: MultimodalLM, rates: LearningRates) -> None:
+    """What a pattern multiplies by 0 does not train.
 
-    if isinstance(model.llm, PeftModel):
-        model.llm = model.llm.merge_and_unload()
-        model.llm.differs_from_hub = True
+    Raises:
+        ValueError: a pattern names nothing that trains, or nothing is left.
+    """
+    check_used(rates.patterns, model)
+    trained = trained_weights(model)
+    for name, factor in rate_factors(model, rates).items():
+        if not factor:
+            trained[name].requires_grad_(False)
+    if not trained_weights(model):
+        raise ValueError("nothing trains: train.learning_rate.patterns multiplies every rate by 0")
+
+
+def rate_factors(model: MultimodalLM, rates: LearningRates) -> dict[str, float]:
+    """The factor on its part's rate of everything that trains, by name."""
+    return factors(model, PARTS, rates.patterns, rates.layer_decay)
 
 
 def parameter_groups(model: MultimodalLM, rates: LearningRates, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's groups: per part one with decay (matrices) and one without (biases, norms); `peak` is the part's rate."""
+    """AdamW's groups: per part and factor one with decay (matrices) and one without (biases, norms).
+
+    `peak` is the group's rate, `scale` its factor on the part's own.
+    """
+    factor = rate_factors(model, rates)
     groups = []
-    for name in (field.name for field in fields(rates)):
-        trained = [p for p in getattr(model, name).parameters() if p.requires_grad]
+    for part in PARTS:
+        trained = [
+            (p, factor[f"{part}.{name}"]) for name, p in getattr(model, part).named_parameters() if p.requires_grad
+        ]
         for decay, members in (
-            (weight_decay, [p for p in trained if p.ndim >= 2]),
-            (0.0, [p for p in trained if p.ndim < 2]),
+            (weight_decay, [(p, scale) for p, scale in trained if p.ndim >= 2]),
+            (0.0, [(p, scale) for p, scale in trained if p.ndim < 2]),
         ):
-            if members:
-                rate = getattr(rates, name)
-                groups.append({"params": members, "lr": rate, "peak": rate, "weight_decay": decay, "part": name})
+            for scale in dict.fromkeys(scale for _, scale in members):
+                rate = getattr(rates, part) * scale
+                own = [p for p, found in members if found == scale]
+                shared = {"lr": rate, "peak": rate, "weight_decay": decay, "part": part, "scale": scale}
+                groups.append({"params": own, **shared})
     return groups
 
 
@@ -122,7 +149,7 @@ def set_mode(model: MultimodalLM) -> None:
     """Training mode for what trains; a frozen part behaves as it will in use (no dropout)."""
     for part in (model.vision_encoder, model.connector, model.llm):
         part.train(any(parameter.requires_grad for parameter in part.parameters()))
-    for layer in model.llm.modules():
+    for layer in model.modules():
         if getattr(layer, "gradient_checkpointing", False):
             layer.training = True  # transformers recomputes in training mode only; what lies inside the layer stays
 
@@ -135,8 +162,28 @@ def parts(model: MultimodalLM, rates: LearningRates) -> list[Part]:
     ]
 
 
+def refinements(model: MultimodalLM, rates: LearningRates, part: str) -> list[tuple[str, int, str]]:
+    """What refines one part's rate: (words, parameters that it touches, the rates that they have in the end)."""
+    factor = {name: f for name, f in rate_factors(model, rates).items() if name.startswith(f"{part}.")}
+    rules = {f"  × {scale:g}  {p}": p for p, scale in rates.patterns.items()}
+    touched = {words: [n for n in factor if re.search(rule, plain(n))] for words, rule in rules.items()}
+    if part in rates.layer_decay:
+        touched[f"  × {rates.layer_decay[part]:g} a layer down"] = list(factor)  # type: ignore[index]
+    trained = trained_weights(model)
+    return [
+        (words, sum(numel(trained[n]) for n in names), told([getattr(rates, part) * factor[n] for n in names]))
+        for words, names in touched.items()
+        if names
+    ]
+
+
+def told(rates: list[float]) -> str:
+    low, high = min(rates), max(rates)
+    return f"{high:g}" if low == high else f"{low:.3g} – {high:.3g}"
+
+
 def count(module: nn.Module, trained: bool) -> int:
-    return sum(p.numel() for p in module.parameters() if p.requires_grad is trained)
+    return sum(numel(p) for p in module.parameters() if p.requires_grad is trained)
 
 
 def trained_weights(model: MultimodalLM) -> dict[str, torch.Tensor]:

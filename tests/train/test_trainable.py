@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import io
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
+from rich.console import Console
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from conftest import make_model, write_llava
+from mllm.config import validate
+from mllm.models.multimodal import MultimodalLM
 from mllm.train.losses import NextToken
+from mllm.train.preflight import parts_table
 from mllm.train.trainable import (
     LearningRates,
     Lora,
@@ -118,6 +124,16 @@ def test_half_precision_run_with_lora_trains(tmp_path: Path) -> None:
         (LearningRates(), None, "nothing trains"),
         (LearningRates(connector=1e-3), Lora(), r"learning_rate\.llm"),
         (LearningRates(), Lora(), r"learning_rate\.llm"),
+        (LearningRates(connector=0.0), None, "nothing trains"),
+        (LearningRates(connector=1e-3, patterns={"connector": 0.0}), None, "nothing trains"),
+        (
+            LearningRates(connector=1e-3, layer_decay={"llm": 0.9}),
+            None,
+            r"layer_decay\.llm without .*learning_rate\.llm",
+        ),
+        (LearningRates(connector=1e-3, layer_decay={"connector": 0.9}), None, "no list of layers"),
+        (LearningRates(llm=1e-3, patterns={"embed_token$": 2.0}), None, r"near ones: llm\.model\.embed_tokens\.weight"),
+        (LearningRates(llm=1e-3, patterns={"^connector": 2.0}), None, r"only in frozen ones \(connector\."),
     ],
 )
 def test_table_that_cannot_be_meant_is_refused(rates: LearningRates, lora: Lora | None, said: str) -> None:
@@ -206,3 +222,120 @@ def test_adapter_of_an_earlier_stage_of_another_size_is_refused_with_both_sizes(
     model = chosen_model(settings(Path("x"), **LORA))
     with pytest.raises(ValueError, match=r"rank 4.*rank 8|rank 8.*rank 4"):
         choose_trainable(model, LORA["learning_rate"], Lora(rank=8, alpha=8))
+
+
+# ---------------------------------------------------------------- patterns and layer decay
+
+
+def rate_of(model: MultimodalLM, rates: LearningRates) -> dict[str, float]:
+    """The peak rate of everything that trains, by name."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = parameter_groups(model, rates, weight_decay=0.1)
+    return {names[id(p)]: group["peak"] for group in groups for p in group["params"]}
+
+
+def test_without_patterns_the_groups_are_a_part_s_matrices_then_its_vectors() -> None:
+    """Checkpoints number the optimiser's moments in this order."""
+    model = make_model()
+    choose_trainable(model, RATES, None)
+    order = [p for group in parameter_groups(model, RATES, 0.1) for p in group["params"]]
+    expected = []
+    for part in ALL:
+        own = [p for p in getattr(model, part).parameters() if p.requires_grad]
+        expected += [p for p in own if p.ndim >= 2] + [p for p in own if p.ndim < 2]
+    assert [id(p) for p in order] == [id(p) for p in expected]
+
+
+def test_patterns_scale_what_they_are_found_in_and_nothing_else() -> None:
+    rates = LearningRates(connector=1e-3, llm=2e-5, patterns={"llm.*embed_tokens": 0.1, r"connector.*\.bias": 2.0})
+    model = make_model()
+    choose_trainable(model, rates, None)
+    for name, rate in rate_of(model, rates).items():
+        part = 1e-3 if name.startswith("connector") else 2e-5
+        scale = 0.1 if "embed_tokens" in name else 2.0 if name.endswith(".bias") and part == 1e-3 else 1.0
+        assert rate == part * scale, name
+
+
+def test_several_patterns_multiply_whatever_their_order() -> None:
+    both = {"embed_tokens": 0.5, "llm": 0.1}
+    found = []
+    for patterns in (both, dict(reversed(both.items()))):
+        rates, model = LearningRates(llm=1.0, patterns=patterns), make_model()
+        choose_trainable(model, rates, None)
+        found.append(rate_of(model, rates))
+    assert found[0] == found[1]
+    assert found[0]["llm.model.embed_tokens.weight"] == pytest.approx(0.05)
+
+
+def test_pattern_names_what_lies_behind_an_adapters_wrapping() -> None:
+    """LoRA+ (arXiv 2402.12354) is one line: B sixteen times as fast as A."""
+    rates = LearningRates(llm=1e-4, patterns={r"^llm\.model\.layers\.\d+\..*lora_B": 16.0})
+    model = make_model()
+    choose_trainable(model, rates, Lora(rank=4, alpha=8))
+    assert {(("lora_B" in name), rate) for name, rate in rate_of(model, rates).items()} == {
+        (True, 16e-4),
+        (False, 1e-4),
+    }
+
+
+def test_scale_of_zero_freezes(tmp_path: Path) -> None:
+    rates = LearningRates(llm=1e-2, patterns={"embed_tokens|lm_head": 0.0})
+    train = settings(tmp_path / "out", steps=2, learning_rate=rates)
+    before = weights(chosen_model(train))
+    after = weights(run(write_llava(tmp_path), train))
+    still = {name for name in before if torch.equal(before[name], after[name]) and name.startswith("llm.")}
+    assert still == {"llm.model.embed_tokens.weight", "llm.lm_head.weight"}
+
+
+@pytest.mark.parametrize("lora", [None, Lora(rank=4, alpha=8)], ids=["whole", "lora"])
+def test_layer_decay_slows_each_layer_below_the_last_and_embeddings_most(lora: Lora | None) -> None:
+    rates = LearningRates(llm=1.0, vision_encoder=1.0, layer_decay={"llm": 0.5, "vision_encoder": 0.1})
+    model = make_model()
+    choose_trainable(model, rates, lora)
+    depth = {"llm": 2, "vision_encoder": 2}  # the encoder's third layer lies behind the tap
+    for name, rate in rate_of(model, rates).items():
+        part = name.split(".")[0]
+        decay, layer = rates.layer_decay[part], re.search(r"layers\.(\d+)\.", name)
+        in_front = any(word in name for word in ("embed", "pre_layrnorm"))
+        below = depth[part] - 1 - int(layer[1]) if layer else depth[part] if in_front else 0
+        assert rate == pytest.approx(decay**below), name
+
+
+def test_refined_groups_train_to_the_same_weights_as_scaled_gradients_would(tmp_path: Path) -> None:
+    """A pattern's factor is on the rate itself: half the rate by a pattern is half the rate by the table."""
+    data = write_llava(tmp_path)
+    plain, scaled = LearningRates(connector=5e-3), LearningRates(connector=1e-2, patterns={"connector": 0.5})
+    left, right = (
+        weights(run(data, settings(tmp_path / name, learning_rate=rates, weight_decay=0.1)))
+        for name, rates in (("plain", plain), ("scaled", scaled))
+    )
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_metrics_tell_the_part_s_own_rate_where_groups_have_factors(tmp_path: Path) -> None:
+    rates = LearningRates(connector=1e-2, patterns={r"connector.*\.bias": 0.1})
+    run(write_llava(tmp_path), settings(tmp_path / "out", learning_rate=rates, schedule="constant", warmup=0.0))
+    assert [line[0] for line in metrics(tmp_path / "out", "learning_rate")] == [{"connector": pytest.approx(1e-2)}] * 4
+
+
+def test_printed_table_shows_what_refines_a_rate() -> None:
+    rates = LearningRates(connector=1e-3, llm=1e-4, patterns={"llm.*embed_tokens": 0.1}, layer_decay={"llm": 0.5})
+    model = make_model()
+    choose_trainable(model, rates, None)
+    console = Console(width=120, file=io.StringIO())
+    console.print(parts_table(model, rates))
+    said = console.file.getvalue()
+    assert re.search(r"× 0.1  llm\.\*embed_tokens\s+│\s+│ 12,288\s+│ 2.5e-06", said)
+    assert re.search(r"× 0.5 a layer down\s+│\s+│ [\d,]+\s+│ 2.5e-06 – 0.0001", said)
+
+
+def test_table_s_mistakes_are_told_with_the_config(tmp_path: Path) -> None:
+    for wrong, said in (
+        ({"vision": 1e-6}, "did you mean 'vision_encoder'"),
+        ({"llm": 1e-5, "patterns": {"(": 1.0}}, "no regular expression"),
+        ({"llm": 1e-5, "patterns": {"llm": -1.0}}, "greater than or equal to 0"),
+        ({"llm": 1e-5, "layer_decay": {"llm": 1.1}}, "less than or equal to 1"),
+        ({"llm": 1e-5, "layer_decay": {"vision": 0.9}}, "vision_encoder"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            validate({"train": {"output_dir": "x", "learning_rate": wrong}}, "test")
