@@ -137,6 +137,8 @@ class Example:
     labels: list[int]
     pixel_values: Tensor
     where: str = ""
+    source: int = 0
+    """Number of its source among `data.sources`."""
     fault: Fault | None = None
     """Why this is a hole: the sample could not be read, and its place carries no labels and no image."""
 
@@ -151,6 +153,8 @@ class Row:
     pixel_values: Tensor
     sample_ids: list[str]
     where: list[str]
+    sources: list[int] = field(default_factory=list)
+    """Of each example the number of its source."""
     faults: list[Fault] = field(default_factory=list)
 
 
@@ -167,4 +171,5 @@ class Batch(TypedDict):
     num_images: int  # N
     sample_ids: list[list[str]]  # per row, in order
     where: list[str]  # file and row of each sample
+    sources: list[list[int]]  # per row, of each sample the number of its source
     faults: list[Fault]  # samples that could not be read: each is a hole of its planned length, without labels

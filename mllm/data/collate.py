@@ -31,6 +31,7 @@ def collate(rows: Sequence[Row], pixel_shape: tuple[int, int, int]) -> Batch:
         num_images=num_images,
         sample_ids=[row.sample_ids for row in rows],
         where=[where for row in rows for where in row.where],
+        sources=[row.sources for row in rows],
         faults=[fault for row in rows for fault in row.faults],
     )
 

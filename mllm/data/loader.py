@@ -107,7 +107,7 @@ class PlannedBatches(Dataset[Batch]):
 
     def example(self, number: int) -> Example:
         """One sample, or a hole of its planned length if it cannot be read: the plan never shifts."""
-        length, kind = int(self.index.length[number]), "record"
+        length, source, kind = int(self.index.length[number]), int(self.index.source[number]), "record"
         try:
             sample = self.sample(number)
             kind = "text"
@@ -116,11 +116,11 @@ class PlannedBatches(Dataset[Batch]):
             if len(input_ids) != length:
                 raise ValueError(f"{len(input_ids)} tokens, {length} when it was indexed: the file changed")
             kind = "image"
-            return Example(sample.id, input_ids, labels, self.processor.pixels(sample.images), sample.where)
+            return Example(sample.id, input_ids, labels, self.processor.pixels(sample.images), sample.where, source)
         except ValueError as error:
             where = self.index.where(number)
             fault = Fault(kind, self.index.id(number), where, str(error).removeprefix(f"{where}: "), number)
-            return hole(fault, length, self.processor.pixels([]))
+            return hole(fault, length, source, self.processor.pixels([]))
 
     def sample(self, number: int) -> Sample:
         """Read from its place, or kept from the last time."""
@@ -135,9 +135,9 @@ class PlannedBatches(Dataset[Batch]):
         return {**self.__dict__, "plan": None, "kept": {}}
 
 
-def hole(fault: Fault, length: int, no_pixels: torch.Tensor) -> Example:
+def hole(fault: Fault, length: int, source: int, no_pixels: torch.Tensor) -> Example:
     """Tokens without labels and without an image in the place of a sample that cannot be read."""
-    return Example(fault.id, [0] * length, [IGNORE_INDEX] * length, no_pixels, fault.where, fault)
+    return Example(fault.id, [0] * length, [IGNORE_INDEX] * length, no_pixels, fault.where, source, fault)
 
 
 def batches(

@@ -134,6 +134,7 @@ def join(examples: Sequence[Example], pixel_shape: tuple[int, int, int]) -> Row:
         pixel_values=torch.cat([example.pixel_values for example in examples] or [torch.empty(0, *pixel_shape)]),
         sample_ids=[example.id for example in examples],
         where=[example.where for example in examples],
+        sources=[example.source for example in examples],
         faults=[example.fault for example in examples if example.fault],
     )
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from mllm.data.formats.source import labels
 from mllm.data.index import Index
 from mllm.data.loader import DataConfig, PlannedBatches, Share, batches
 from mllm.data.plan import Plan
@@ -27,7 +28,7 @@ from mllm.models.feature_cache import FeatureCache
 from mllm.models.multimodal import MultimodalLM
 from mllm.train import zero
 from mllm.train.checkpoint import load_optimizer, load_weights, newest_state, save_checkpoint
-from mllm.train.clock import Clock
+from mllm.train.clock import make_clock
 from mllm.train.ledger import Ledger
 from mllm.train.losses import NextToken
 from mllm.train.metrics import Metrics
@@ -109,6 +110,7 @@ def fit(
     optimizer = make_optimizer(groups, train.optimizer)
     name = fingerprint(index, plan)
     first_step = load_weights(train.output_dir, model, name) if resume else 0
+    clock = make_clock(model, accelerator.device, train.mixed_precision == "bf16")
     zero.settle(accelerator, train, dataset.accumulation)
     objective, optimizer = accelerator.prepare(zero.shard(accelerator, NextToken(model)), optimizer)
     if first_step:
@@ -120,13 +122,15 @@ def fit(
     if first_step:
         ledger.resume(accelerator, first_step)
     micro_batches = batches(dataset, first_step, last_step, data.num_workers)
-    clock = Clock()
+    sources = labels(index.sources)
     with Metrics(train, first_step, last_step, accelerator.is_main_process) as metrics:
         for step in range(first_step, last_step):
             torch.manual_seed(step_seed(train.seed, step, accelerator.process_index))
             set_rates(optimizer, rate_factor(step, last_step, train.warmup, train.schedule))
             block = clock.block(micro_batches, dataset.accumulation)
-            numbers = optimise(accelerator, objective, optimizer, block, train.max_grad_norm, train.loss_reduction)
+            numbers = optimise(
+                accelerator, objective, optimizer, block, train.max_grad_norm, train.loss_reduction, sources
+            )
             numbers |= {**plan.counts(step), **rates(optimizer), **clock.lap(plan.counts(step)["tokens"])}
             ledger.note(accelerator, block, plan, step)
             metrics.step(step + 1, {**numbers, "skipped": ledger.tally.holes.total()})

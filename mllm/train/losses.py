@@ -40,14 +40,16 @@ class NextToken(nn.Module):
         pixel_values: Tensor,
         num_images: int,
         reduction: Reduction = "token",
-    ) -> Tensor:
+        each: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Weighted sum of the loss over the K supervised tokens, a float32 scalar; 0 with a gradient of 0 where K is
-        0."""
+        0. With `each` also the loss of each supervised token [K] float32, unweighted and without a gradient."""
         hidden_states = self.model(input_ids, position_ids, pixel_values, num_images)  # [B, S, D]
         where, targets = supervised(labels)
         logits = self.model.logits(hidden_states[:, :-1][where])  # [K, vocabulary]
         losses = cross_entropy(logits.float(), targets, reduction="none")  # [K]
-        return (losses * weights(labels, position_ids, reduction)).sum()
+        summed = (losses * weights(labels, position_ids, reduction)).sum()
+        return (summed, losses.detach()) if each else summed
 
 
 def supervised(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,6 +66,16 @@ def weights(labels: Tensor, position_ids: Tensor, reduction: Reduction) -> Tenso
     sample = (position_ids == 0).flatten().cumsum(0).view_as(position_ids)[:, 1:]  # [B, S-1]
     own = sample[labels[:, 1:] != IGNORE_INDEX]  # [K]
     return own.bincount()[own].float() ** POWER[reduction]  # [K]
+
+
+def owners(batch: Batch) -> Tensor:
+    """Of each supervised token [K] int64 the sample it belongs to, as its place in the batch's samples, row after row.
+
+    Padding, whose tokens count as samples of their own behind the real ones, is never supervised.
+    """
+    in_row = (batch["position_ids"] == 0).cumsum(1) - 1  # [B, S]
+    before = torch.tensor([0, *map(len, batch["sample_ids"][:-1])]).cumsum(0)  # [B]
+    return (in_row + before[:, None])[:, 1:][batch["labels"][:, 1:] != IGNORE_INDEX]
 
 
 def weight_sum(batch: Batch, reduction: Reduction) -> float:

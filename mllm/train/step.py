@@ -10,6 +10,7 @@ rounding.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,8 @@ import torch
 from torch import nn
 
 from mllm.train import zero
-from mllm.train.losses import Reduction, model_inputs, num_supervised, weight_sum
+from mllm.train.losses import Reduction, model_inputs, weight_sum
+from mllm.train.sums import Sums
 from mllm.types import Batch
 
 if TYPE_CHECKING:
@@ -31,12 +33,13 @@ def optimise(
     block: list[Batch],
     max_grad_norm: float,
     reduction: Reduction = "token",
+    sources: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Forward, backward, clip, update.
+    """Forward, backward, clip, update. `sources` names the sources, by their numbers in the batches.
 
     Returns:
-        loss per unit of weight (per supervised token, for `token`), the number of supervised tokens over all ranks,
-        and the norm of the gradient before clipping.
+        what `Sums.over_ranks` tells (loss per unit of weight, supervised tokens, images, the loss of each source), and
+        the norm of the gradient before clipping.
 
     Raises:
         ValueError: from the model, with the samples of the micro-batch named.
@@ -44,28 +47,26 @@ def optimise(
     total = global_sum(accelerator, sum(weight_sum(batch, reduction) for batch in block)) or 1.0  # no token, no loss
     # DDP and ZeRO average gradients over ranks: the world size makes a sum of it
     scale = accelerator.num_processes / total
-    summed = 0.0
+    sums = Sums(sources)
     for i, batch in enumerate(block):
         is_last = i == len(block) - 1
         with nullcontext() if is_last or zero.stage(accelerator) else accelerator.no_sync(objective):
-            loss = forward(accelerator, objective, batch, reduction)
+            loss, losses = forward(accelerator, objective, batch, reduction)
             zero.backward(accelerator, loss * scale, is_last)
-        summed += float(loss.detach())
+        sums.add(batch, loss, losses)
     # DeepSpeed has clipped and stepped by now: it tells the norm, and the next two lines do nothing
     grad_norm = accelerator.clip_grad_norm_(objective.parameters(), max_grad_norm or math.inf)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return {
-        "loss": global_sum(accelerator, summed) / total,
-        "supervised_tokens": int(global_sum(accelerator, sum(map(num_supervised, block)))),
-        "grad_norm": float(grad_norm),
-    }
+    return {**sums.over_ranks(accelerator, total), "grad_norm": float(grad_norm)}
 
 
-def forward(accelerator: Accelerator, objective: nn.Module, batch: Batch, reduction: Reduction) -> torch.Tensor:
-    """The weighted sum of one micro-batch; an error names whose it is."""
+def forward(
+    accelerator: Accelerator, objective: nn.Module, batch: Batch, reduction: Reduction
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weighted sum of one micro-batch, and the loss of each of its tokens; an error names whose they are."""
     try:
-        return objective(**model_inputs(batch, accelerator.device), reduction=reduction)
+        return objective(**model_inputs(batch, accelerator.device), reduction=reduction, each=True)
     except ValueError as error:
         raise ValueError(f"{error}. In the micro-batch of {', '.join(batch['where'])}") from error
 

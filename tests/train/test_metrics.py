@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from mllm.train.clock import MEASURED, Clock
+from mllm.train.flops import Cost
 from mllm.train.metrics import keep_before
 from mllm.train.picture import curves, draw_loss
 from mllm.train.screen import flat, sentence
@@ -43,6 +44,7 @@ def test_every_line_tells_all_that_is_watched(llava_folder: Callable[..., Path],
         assert watched | set(MEASURED) <= line.keys()
         assert 0 <= line["data_wait"] <= 1
         assert line["tokens_per_second"] > 0
+        assert 0 < line["mfu"] < 1
         assert line["peak_memory"] > 100 * 2**20  # torch alone is more
 
 
@@ -57,10 +59,11 @@ def test_screen_tells_every_second_step_and_the_last_where_it_is_asked_to(
 def test_data_that_is_late_counts_as_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter([10.0, 13.0, 14.0])
     monkeypatch.setattr("mllm.train.clock.time.perf_counter", lambda: next(now))
-    clock = Clock()
+    clock = Clock(Cost(0, 0, 0, 7e9), peak=50e9)
+    monkeypatch.setattr("mllm.train.clock.step_flops", lambda cost, block: len(block) * cost.per_image)
     assert clock.block(iter(["first", "second", "third"]), 2) == ["first", "second"]  # type: ignore[arg-type, comparison-overlap]
     told = clock.lap(200)
-    assert (told["data_wait"], told["tokens_per_second"]) == (0.75, 50.0)
+    assert (told["data_wait"], told["tokens_per_second"], told["mfu"]) == (0.75, 50.0, 0.07)
 
 
 @pytest.mark.parametrize("half", ['{"step": 3, "learning_rate": {"connector": 0.1}', '{"step": 3, "lo', "{"])

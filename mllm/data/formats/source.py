@@ -8,7 +8,8 @@ each sample; `fetch` goes to such a place directly, in any process, in any order
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -198,6 +199,18 @@ class Source(Schema):
 def lasting(kept: dict[str, Any]) -> dict[str, Any]:
     """What a worker takes over: the list of files, so that all have the same one; nothing that is open."""
     return {key: kept[key] for key in ("files", "images") if key in kept}
+
+
+def labels(sources: Sequence[Source]) -> list[str]:
+    """A name for each source, no two alike: its file's without the ending, or its folder's where the file is a glob."""
+    seen: Counter[str] = Counter()
+    told = []
+    for source in sources:
+        parts = [part for part in str(source.path).split("/") if part and not set(part) & set("*?[")]
+        name = (Path(parts[-1]).stem if parts else source.name) + (f":{source.subset}" if source.subset else "")
+        seen[name] += 1
+        told.append(name if seen[name] == 1 else f"{name}-{seen[name]}")
+    return told
 
 
 def as_path(text: Path | str) -> Path | str:

@@ -127,10 +127,11 @@ class StreamedBatches(Dataset[Batch]):
         sample = item.sample
         assert sample is not None
         try:
-            return Example(item.id, *item.tokens, self.processor.pixels(sample.images), sample.where)
+            pixels = self.processor.pixels(sample.images)
+            return Example(item.id, *item.tokens, pixels, sample.where, item.spot.source)
         except ValueError as error:
             fault = Fault("image", item.id, sample.where, str(error).removeprefix(f"{sample.where}: "), item.number)
-            return hole(fault, item.length, self.processor.pixels([]))
+            return hole(fault, item.length, item.spot.source, self.processor.pixels([]))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "plan": None}
