@@ -86,10 +86,11 @@ def build_processor(config: RunConfig) -> Processor:
     parts = config.parts()
     visual_tokens = visual_tokens_per_image(parts)
     check_llm(parts)
-    with named("tokenizer or image processor", f"{parts.llm} or {parts.vision_encoder}"):
+    leading = parts.encoders()[0]
+    with named("tokenizer or image processor", f"{parts.llm} or {leading}"):
         data = config.data
         return Processor.from_hub(
-            parts.llm, parts.vision_encoder, visual_tokens, data.image_fit, data.keep_in_memory, data.jpeg_draft
+            parts.llm, leading, visual_tokens, data.image_fit, data.keep_in_memory, data.jpeg_draft
         )
 
 

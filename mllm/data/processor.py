@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 from mllm.data import chat
 from mllm.data.images import open_image
 from mllm.data.imaging.pixels import cheapest_way, least_side
+from mllm.image_processor import load_image_processor
 from mllm.types import IGNORE_INDEX, IMAGE_TOKEN, Example, ImageSource, Sample
 
 if TYPE_CHECKING:
@@ -180,11 +181,11 @@ class Processor:
         jpeg_draft: bool = False,
     ) -> Processor:
         """The LLM's tokenizer and the encoder's image processor, each by Hub id or folder."""
-        from transformers import AutoImageProcessor, AutoTokenizer
+        from transformers import AutoTokenizer
 
         return cls(
             AutoTokenizer.from_pretrained(llm),
-            AutoImageProcessor.from_pretrained(vision_encoder),
+            load_image_processor(vision_encoder),
             num_visual_tokens,
             image_fit,
             keep,

@@ -15,10 +15,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from mllm.image_processor import load_image_processor, square_side
 from mllm.models.connectors import ConnectorConfig, MLPConnector
+from mllm.models.fused_encoder import FusedEncoder
 from mllm.models.multimodal import MultimodalLM
 from mllm.models.quantised import check_installed, quantisation_config, quantise
-from mllm.models.vision_encoder import VisionEncoder, num_patches, vision_config
+from mllm.models.vision_encoder import VisionEncoder
+from mllm.models.vision_grid import Grid, common_grids, grid, takes_any_size, vision_config
 from mllm.schema import Schema
 from mllm.types import Normalisation
 
@@ -27,14 +30,16 @@ from mllm.types import Normalisation
 class ModelConfig(Schema):
     """The three parts and how they are read."""
 
-    vision_encoder: str
-    """Hub id or folder of a CLIP-style encoder."""
+    vision_encoder: str | list[str]
+    """Hub id or folder of a CLIP-style encoder; of a list the features stand side by side, patch by patch, and
+    pictures are cut as the first one wants them."""
     llm: str
     """Hub id or folder of a causal LLM."""
     connector: ConnectorConfig = field(default_factory=MLPConnector)
     """What joins them."""
-    feature_layer: int = -2
-    """Hidden state of the encoder that the connector reads; -2 is LLaVA's choice."""
+    feature_layer: int | list[int] = -2
+    """Hidden state of the encoder that the connector reads; -2 is LLaVA's choice. Of a list the features stand side
+    by side (VipLlava: -2, -5, -8, -11, 6)."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the frozen weights. What trains is kept in float32."""
     attention: Literal["sdpa", "eager"] = "sdpa"
@@ -44,16 +49,33 @@ class ModelConfig(Schema):
     random_weights: bool = False
     """Draw all weights at random from the configs alone: for dry runs and benchmarks, never for training."""
 
+    def encoders(self) -> list[str]:
+        """Ids of the vision encoders; nearly always one."""
+        return [self.vision_encoder] if isinstance(self.vision_encoder, str) else self.vision_encoder
+
 
 def visual_tokens_per_image(config: ModelConfig) -> int:
     """V, from config files alone."""
+    return config.connector.num_tokens(vision_grids(config)[0].num_patches)
+
+
+def vision_grids(config: ModelConfig) -> list[Grid]:
+    """The grid of each encoder, from config files alone.
+
+    Raises:
+        ValueError: an id or folder holds no encoder with patches, or the grids do not fit together.
+    """
     from transformers import AutoConfig
 
-    with named("vision encoder", config.vision_encoder):
-        encoder = vision_config(AutoConfig.from_pretrained(config.vision_encoder))
-        if not hasattr(encoder, "patch_size"):
-            raise ValueError(f"a {encoder.model_type} has no patches")
-    return config.connector.num_tokens(num_patches(encoder))
+    if not config.encoders():
+        raise ValueError("model.vision_encoder is an empty list: name at least one encoder")
+    own, any_size = [], []
+    for name in config.encoders():
+        with named("vision encoder", name):
+            encoder = vision_config(AutoConfig.from_pretrained(name))
+            own.append(grid(encoder, read_image_processor(name)[1]))
+            any_size.append(takes_any_size(encoder))
+    return common_grids(own, any_size)
 
 
 def check_llm(config: ModelConfig) -> None:
@@ -70,34 +92,43 @@ def build_model(config: ModelConfig, image_token_id: int) -> MultimodalLM:
     Raises:
         ValueError: an id or folder holds no such model.
     """
-    encoder = VisionEncoder(load_vision_model(config), config.feature_layer, read_normalisation(config))
+    encoder = build_encoder(config)
     llm = load_llm(config)
     connector = config.connector.build(encoder.width, llm.get_input_embeddings().embedding_dim, encoder.num_patches)
     model = MultimodalLM(encoder, connector, llm, image_token_id)
     return model.requires_grad_(False)
 
 
-def load_vision_model(config: ModelConfig) -> nn.Module:
+def build_encoder(config: ModelConfig) -> VisionEncoder | FusedEncoder:
+    """The vision encoder, or several as one."""
+    encoders = [
+        VisionEncoder(load_vision_model(config, name), config.feature_layer, read_image_processor(name)[0], grid)
+        for name, grid in zip(config.encoders(), vision_grids(config), strict=True)
+    ]
+    return FusedEncoder(encoders) if len(encoders) > 1 else encoders[0]
+
+
+def load_vision_model(config: ModelConfig, name: str) -> nn.Module:
     """The vision half of the checkpoint; a text half, if it has one, is dropped."""
     from transformers import AutoConfig, AutoModel
 
-    with named("vision encoder", config.vision_encoder):
+    with named("vision encoder", name):
         options: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
         if config.random_weights:
-            whole = AutoModel.from_config(vision_config(AutoConfig.from_pretrained(config.vision_encoder)), **options)
+            whole = AutoModel.from_config(vision_config(AutoConfig.from_pretrained(name)), **options)
         else:
-            whole = AutoModel.from_pretrained(config.vision_encoder, **options)
+            whole = AutoModel.from_pretrained(name, **options)
         return getattr(whole, "vision_model", whole)
 
 
-def read_normalisation(config: ModelConfig) -> Normalisation | None:
-    """What the encoder's image processor does to pixels; None where the checkpoint has none (a dry run needs none)."""
-    from transformers import AutoImageProcessor
-
+def read_image_processor(name: str) -> tuple[Normalisation | None, int | None]:
+    """What the encoder's image processor does to pixels and the side of its squares; nothing where the checkpoint has
+    none (a dry run needs none)."""
     try:
-        return Normalisation.of(AutoImageProcessor.from_pretrained(config.vision_encoder))
+        found = load_image_processor(name)
     except (OSError, ValueError):  # missing file; file without a type beside a config without one
-        return None
+        return None, None
+    return Normalisation.of(found), square_side(found)
 
 
 def load_llm(config: ModelConfig) -> Any:

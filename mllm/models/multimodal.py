@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mllm.models.feature_cache import FeatureCache
+from mllm.models.fused_encoder import FusedEncoder
 from mllm.models.splice import splice
 from mllm.models.vision_encoder import VisionEncoder
 
@@ -24,7 +25,9 @@ from mllm.models.vision_encoder import VisionEncoder
 class MultimodalLM(nn.Module):
     """Give it its parts; tests hand in tiny ones."""
 
-    def __init__(self, vision_encoder: VisionEncoder, connector: nn.Module, llm: Any, image_token_id: int) -> None:
+    def __init__(
+        self, vision_encoder: VisionEncoder | FusedEncoder, connector: nn.Module, llm: Any, image_token_id: int
+    ) -> None:
         super().__init__()
         self.vision_encoder = vision_encoder
         self.connector = connector

@@ -1,53 +1,69 @@
 """A CLIP-style encoder, up to the layer whose features are used.
 
 Enters: pixel_values [N, 3, H, W], uint8 and not yet normalised, or float and ready. Leaves: patch features
-[N, P, Dv] of one layer, without class or register tokens.
+[N, P, Dv] of one layer, or of several side by side, without class or register tokens.
 
 The tap lies before the encoder's final norm, as in stock Llava: a connector trained behind the norm could not be
-exported there. Layers behind the tap are cut off when the encoder is built, because nobody reads them.
+exported there. Layers behind the last tap are cut off when the encoder is built, because nobody reads them.
 
-N images, P patches, Dv width of the encoder, H W pixels.
+N images, P patches, Dv width of the features, H W pixels.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mllm.models.vision_grid import Grid, grid
 from mllm.types import Normalisation
+
+PREFIX = ("class_embedding", "cls_token", "distillation_token", "register_tokens")
+"""How the families name the parameters of what stands before the patches."""
 
 
 class VisionEncoder(nn.Module):
     """Wraps the vision model of any transformers class with square patches and a list of layers."""
 
-    def __init__(self, model: Any, feature_layer: int = -2, normalisation: Normalisation | None = None) -> None:
-        """`feature_layer` counts hidden states as transformers does: 0 the embeddings, -1 the last layer's output.
+    def __init__(
+        self,
+        model: Any,
+        feature_layer: int | list[int] = -2,
+        normalisation: Normalisation | None = None,
+        runs_at: Grid | None = None,
+    ) -> None:
+        """`feature_layer` counts hidden states as transformers does: 0 the embeddings, -1 the last layer's output;
+        the features of several stand side by side, in the order of the list (VipLlava).
 
-        `normalisation` is what the encoder's own image processor does to uint8 pixels.
+        `normalisation` is what the encoder's own image processor does to uint8 pixels, `runs_at` the grid where that
+        is not the config's.
         """
         super().__init__()
         self.normalisation = normalisation
         self.model: Any = model
-        self.num_patches = num_patches(model.config)
-        self.width: int = model.config.hidden_size
-        self._features: Tensor | None = None
-        layers = layer_list(model)
-        del layers[last_layer_needed(feature_layer, len(layers)) + 1 :]
-        layers[-1].register_forward_hook(self._keep)
+        self.grid = runs_at or grid(model.config)
+        self.num_patches = self.grid.num_patches
+        self.num_prefix_tokens = num_prefix_tokens(model)
+        self.taps = taps(feature_layer, layers := layer_list(model))
+        self.width: int = len(self.taps) * model.config.hidden_size
+        self._features: dict[int, Tensor] = {}
+        del layers[max(self.taps) + 1 :]
+        for layer in set(self.taps):
+            layers[layer].register_forward_hook(partial(self._keep, layer))
 
-    def _keep(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
-        self._features = output if isinstance(output, Tensor) else output[0]
+    def _keep(self, layer: int, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        self._features[layer] = output if isinstance(output, Tensor) else output[0]
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """[N, 3, H, W] -> [N, P, Dv], with a gradient only where a weight of the encoder asks for one.
 
         Raises:
-            ValueError: the images are not of the size that the encoder's config promises, or are uint8 and nobody
-                told how to normalise them.
+            ValueError: the images are not of the size that the encoder's config promises, are uint8 and nobody told
+                how to normalise them, or become another number of tokens than promised.
         """
-        side: int = self.model.config.image_size
+        side = self.grid.side
         if tuple(pixel_values.shape[2:]) != (side, side):  # DINOv2 takes any size, and P would not be as promised
             raise ValueError(
                 f"images of {tuple(pixel_values.shape[2:])} pixels for an encoder of {side} x {side}: "
@@ -55,10 +71,22 @@ class VisionEncoder(nn.Module):
             )
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.model.parameters())
         with torch.set_grad_enabled(trains):
-            self.model(pixel_values=self.normalised(pixel_values).to(self.model.dtype))
-        assert self._features is not None, "the encoder never called its last layer"
-        features, self._features = self._features, None
-        return self.without_prefix(features)  # [N, P, Dv]
+            self.model(**self.inputs(self.normalised(pixel_values).to(self.model.dtype)))
+        features, self._features = self._features, {}
+        kept = [self.without_prefix(features[layer]) for layer in self.taps]
+        return torch.cat(kept, dim=-1) if len(kept) > 1 else kept[0]  # [N, P, Dv]
+
+    def inputs(self, pixels: Tensor) -> dict[str, Any]:
+        """[N, 3, H, W] as the model takes it: SigLIP2 NaFlex wants patches and the shape of their grid."""
+        if self.model.config.model_type != "siglip2_vision_model":
+            return {"pixel_values": pixels}
+        images, across, patch = len(pixels), self.grid.across, self.grid.patch
+        blocks = pixels.unflatten(3, (across, patch)).unflatten(2, (across, patch))  # [N, 3, across, p, across, p]
+        return {
+            "pixel_values": blocks.permute(0, 2, 4, 3, 5, 1).reshape(images, self.num_patches, -1),  # [N, P, p * p * 3]
+            "pixel_attention_mask": None,  # no patch is padding
+            "spatial_shapes": torch.full((images, 2), across, device="cpu"),  # read as numbers: no wait for a device
+        }
 
     def normalised(self, pixel_values: Tensor) -> Tensor:
         """[N, 3, H, W] float32 of uint8; float as it is."""
@@ -74,28 +102,29 @@ class VisionEncoder(nn.Module):
     def freeze_behind_tap(self) -> None:
         """Freeze what no feature depends on (final norm, pooler): DDP would wait for gradients that never come."""
         trained = [p for p in self.parameters() if p.requires_grad]
-        side = self.model.config.image_size
-        blank = torch.zeros(1, 3, side, side, device=trained[0].device)
+        blank = torch.zeros(1, 3, self.grid.side, self.grid.side, device=trained[0].device)
         gradients = torch.autograd.grad(self(blank).sum(), trained, allow_unused=True)
         for parameter, gradient in zip(trained, gradients, strict=True):
             parameter.requires_grad_(gradient is not None)
 
     def without_prefix(self, features: Tensor) -> Tensor:
         """Drop what stands before the patches: a class token (CLIP, ViT), registers too (DINOv2), nothing (SigLIP)."""
-        prefix = features.shape[1] - self.num_patches
-        allowed = 1 + getattr(self.model.config, "num_register_tokens", 0)
-        assert 0 <= prefix <= allowed, f"{features.shape[1]} features for {self.num_patches} patches"
-        return features[:, prefix:]
+        before, patches = self.num_prefix_tokens, self.num_patches
+        if features.shape[1] != before + patches:
+            raise ValueError(
+                f"{type(self.model).__name__} makes {features.shape[1]} tokens of an image: expected {before} before "
+                f"the patches and {patches} patches ({self.grid}). This encoder is not supported"
+            )
+        return features[:, before:]
 
 
-def num_patches(config: Any) -> int:
-    """P, from the config of a vision model alone."""
-    return (config.image_size // config.patch_size) ** 2
-
-
-def vision_config(config: Any) -> Any:
-    """The config of the vision half, for checkpoints that hold a text half too (CLIP, SigLIP)."""
-    return getattr(config, "vision_config", config)
+def num_prefix_tokens(model: nn.Module) -> int:
+    """Tokens that stand before the patches, counted from the parameters that hold them."""
+    return sum(
+        parameter.shape[-2] if parameter.ndim > 1 else 1
+        for name, parameter in model.named_parameters()
+        if name.rpartition(".")[2] in PREFIX
+    )
 
 
 def layer_list(model: Any) -> nn.ModuleList:
@@ -105,6 +134,14 @@ def layer_list(model: Any) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return module
     raise ValueError(f"{type(model).__name__} has no list of {depth} layers: this encoder is not supported")
+
+
+def taps(feature_layer: int | list[int], layers: nn.ModuleList) -> list[int]:
+    """Indices of the layers whose outputs are the wanted hidden states."""
+    wanted = feature_layer if isinstance(feature_layer, list) else [feature_layer]
+    if not wanted:
+        raise ValueError("feature_layer is an empty list: name at least one layer")
+    return [last_layer_needed(layer, len(layers)) for layer in wanted]
 
 
 def last_layer_needed(feature_layer: int, depth: int) -> int:

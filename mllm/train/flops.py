@@ -125,8 +125,8 @@ def image_flops(model: MultimodalLM) -> float:
     """Operations of encoder and connector for one image, counted on tensors without data: each connector and encoder
     has its own way from patches to tokens, but all have one size of image."""
     encoder = model.vision_encoder
-    side = encoder.model.config.image_size
-    pixels = torch.zeros(1, 3, side, side, device="meta", dtype=encoder.model.dtype)
+    side, pixel = encoder.grid.side, torch.uint8 if encoder.normalisation else torch.float32
+    pixels = torch.zeros(1, 3, side, side, device="meta", dtype=pixel)
     width = next(model.connector.parameters()).dtype
     features = torch.zeros(1, encoder.num_patches, encoder.width, device="meta", dtype=width)
     features.requires_grad_(trains(encoder))

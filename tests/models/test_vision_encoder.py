@@ -19,7 +19,8 @@ from transformers import (
     ViTModel,
 )
 
-from mllm.models.vision_encoder import VisionEncoder, layer_list, num_patches
+from mllm.models.vision_encoder import VisionEncoder, layer_list
+from mllm.models.vision_grid import grid
 from mllm.types import Normalisation
 
 SIZES = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
@@ -58,7 +59,7 @@ def states_by_hooks(model: torch.nn.Module) -> list[torch.Tensor]:
 @each
 def test_features_are_one_a_patch_without_class_or_register_tokens(family: str) -> None:
     encoder = VisionEncoder(make(family))
-    assert encoder.num_patches == num_patches(encoder.model.config) == 4
+    assert encoder.num_patches == grid(encoder.model.config).num_patches == 4
     assert encoder(pixels()).shape == (2, 4, encoder.width)
 
 
