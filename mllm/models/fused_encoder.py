@@ -23,12 +23,12 @@ class FusedEncoder(nn.Module):
 
     def __init__(self, encoders: list[VisionEncoder]) -> None:
         super().__init__()
-        self.encoders = nn.ModuleList(encoders)
+        self.model = nn.ModuleList(encoders)  # what peft may wrap, and then cannot be walked through
+        self.encoders = tuple(encoders)
         self.grid, self.normalisation = encoders[0].grid, encoders[0].normalisation
         self.num_patches = self.grid.num_patches
         assert {encoder.num_patches for encoder in encoders} == {self.num_patches}
         self.width = sum(encoder.width for encoder in encoders)
-        self.sides = [encoder.grid.side for encoder in encoders]
         self.alike = len({encoder.normalisation for encoder in encoders}) == 1
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -42,15 +42,13 @@ class FusedEncoder(nn.Module):
                 "pixels that are normalised already, for encoders that normalise differently: hand in uint8 pixels "
                 "(an image processor that does other steps than resize, crop, rescale and normalise cannot lead)"
             )
-        features = [
-            encoder(resized(pixel_values, side)) for encoder, side in zip(self.encoders, self.sides, strict=True)
-        ]
+        features = [encoder(resized(pixel_values, encoder.grid.side)) for encoder in self.encoders]
         return torch.cat(features, dim=-1)  # [N, P, Dv]
 
     def freeze_behind_tap(self) -> None:
         """As of one encoder."""
         for encoder in self.encoders:
-            encoder.freeze_behind_tap()  # type: ignore[operator]
+            encoder.freeze_behind_tap()
 
 
 def resized(pixels: Tensor, side: int) -> Tensor:

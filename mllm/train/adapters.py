@@ -165,8 +165,9 @@ def heads(part: Any) -> set[str]:
 def layers_of_encoder(part: Any) -> set[str]:
     """Where the layers in front of the tap lie: what is behind them (a pooler) would never get a gradient."""
     base = part.get_base_model() if is_adapted(part) else part
-    layers = encoder_layers(base)
-    return {name for name, module in base.named_modules() if module is layers}
+    several = [encoder.model for encoder in base] if isinstance(base, nn.ModuleList) else [base]
+    layers = [encoder_layers(encoder) for encoder in several]
+    return {name for name, module in base.named_modules() if any(module is found for found in layers)}
 
 
 def encoder_layers(base: Any) -> nn.ModuleList:

@@ -81,8 +81,13 @@ def steps_below_the_last(module: nn.Module, part: str) -> dict[str, int]:
     the first (embeddings).
 
     Raises:
-        ValueError: the part has no list of layers.
+        ValueError: the part has no list of layers, or several.
     """
+    if len(getattr(module, "encoders", ())) > 1:
+        raise ValueError(
+            f"train.learning_rate.layer_decay.{part} has no meaning for several encoders side by side: "
+            f"give their layers factors by train.learning_rate.patterns"
+        )
     lists = {name: found for name, found in module.named_modules() if isinstance(found, nn.ModuleList)}
     if not lists:
         raise ValueError(f"train.learning_rate.layer_decay.{part}: this {part} has no list of layers")

@@ -40,7 +40,9 @@ from mllm.models.feature_cache import FeatureCache
 from mllm.models.fused_encoder import FusedEncoder, resized
 from mllm.models.vision_encoder import VisionEncoder
 from mllm.models.vision_grid import Grid
-from mllm.train.stage_folder import save_stage
+from mllm.train.adapters import Lora
+from mllm.train.stage_folder import load_stage, save_stage
+from mllm.train.trainable import LearningRates, choose_trainable
 from mllm.types import Normalisation, Sample
 
 WIDTH, DEPTH = 24, 4
@@ -301,6 +303,34 @@ def test_stage_of_any_encoders_is_saved_reloaded_and_answers_the_same(
     pixels = processor.pixels([picture(1)])
     untrained = build_model(chosen, processor.image_token_id)
     assert not torch.equal(untrained.features(pixels), model.features(pixels))
+
+
+def test_adapters_reach_the_layers_of_both_encoders_and_go_on_in_the_next_stage(
+    encoders: Path, hub: Path, tmp_path: Path
+) -> None:
+    chosen, processor = config(encoders, "siglip", "dinov2", hub=hub), picked(encoders, hub, "siglip", "dinov2")
+    model = build_model(chosen, processor.image_token_id)
+    choose_trainable(model, LearningRates(vision_encoder=1e-3), None, Lora(rank=2))
+    trained = {name: p for name, p in model.vision_encoder.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * 2 * (DEPTH - 1) * 6  # A and B of two encoders' layers in front of the tap
+    for parameter in trained.values():
+        parameter.data += 0.05
+    pixels = processor.pixels([picture(1)])
+    model.visual_tokens(pixels).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in trained.values())
+    save_stage(tmp_path, model, processor, "")
+    assert not (tmp_path / "vision_encoder.safetensors").exists()
+    fresh = build_model(chosen, processor.image_token_id)
+    before = fresh.visual_tokens(pixels)
+    load_stage(fresh, tmp_path)
+    torch.testing.assert_close(fresh.visual_tokens(pixels), model.visual_tokens(pixels), rtol=0, atol=1e-6)
+    assert not torch.allclose(before, model.visual_tokens(pixels), atol=1e-3)
+
+
+def test_layer_decay_over_two_encoders_is_refused_with_the_other_way(encoders: Path, hub: Path) -> None:
+    model = build_model(config(encoders, "siglip", "dinov2", hub=hub), 384)
+    with pytest.raises(ValueError, match=r"several encoders side by side: .*patterns"):
+        choose_trainable(model, LearningRates(vision_encoder=1e-3, layer_decay={"vision_encoder": 0.5}), None)
 
 
 def test_yaml_and_flags_take_one_name_or_a_list() -> None:
