@@ -4,7 +4,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-long lint format easy-vqa clean
+.PHONY: demo test test-long test-export lint format easy-vqa clean
 
 demo: .venv/ready  ## train a multimodal LLM from nothing and talk to it: minutes on two CPU cores, offline
 	$(BIN)/python recipes/tiny/demo.py
@@ -16,6 +16,14 @@ test: .venv/ready lint  ## everything CI runs
 test-long: export OMP_NUM_THREADS := 1
 test-long: .venv/ready  ## the campaigns: runs killed at random, hundreds of steps that must not hang
 	$(BIN)/python -m pytest -m long --timeout 3600 -s
+
+test-export: export OMP_NUM_THREADS := 1
+test-export: .venv/transformers-4.57/finished  ## exported folders, loaded by the transformers before 5 as well
+	MLLM_TRANSFORMERS_4_57=.venv/transformers-4.57 $(BIN)/python -m pytest tests/export -m 'long or not long' --timeout 900
+
+.venv/transformers-4.57/finished: .venv/ready
+	$(BIN)/pip install --quiet --upgrade --target .venv/transformers-4.57 transformers==4.57.6
+	touch $@
 
 lint: .venv/ready
 	$(BIN)/ruff format --check .

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -167,9 +167,35 @@ def evaluate(
     exact.run(Assistant.load(model), samples, json_output, history, batch_size, max_new_tokens)
 
 
+def export(
+    model: Annotated[str, tyro.conf.Positional],
+    to: Literal["transformers"] = "transformers",
+    out: Path | None = None,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    check_with: Annotated[list[str], tyro.conf.UseAppendAction] = [],  # noqa: B006
+    overwrite: bool = False,
+) -> None:
+    """Write a model in a form that others load, and prove that it says the same there.
+
+    Args:
+        model: Stage folder or Hub id.
+        to: `transformers`: a stock class where one holds the model exactly, else self-contained remote code.
+        out: Folder to write; beside the stage, `NAME-transformers` say, where it is not given.
+        dtype: Of the weights; auto is that of the frozen parts in training.
+        check_with: A version of transformers (4.57.6) or the path of a Python that must load it too; may be repeated.
+            Not given: 4.57.6, from the cache, or installed there by pip once if there is a network.
+        overwrite: Replace what an earlier export left in the folder.
+    """
+    quiet_libraries()
+    from mllm.export import export as write
+
+    folder = out or Path(f"{Path(model).name}-{to}" if not Path(model).is_dir() else f"{Path(model)}-{to}")
+    print(*write(model, folder, to, dtype, list(check_with), overwrite).lines(), sep="\n")
+
+
 def main() -> None:
     """The entry point; a user's mistake is one line, not a traceback."""
-    commands: dict[str, Callable[..., Any]] = {"chat": chat, "eval": evaluate}
+    commands: dict[str, Callable[..., Any]] = {"chat": chat, "eval": evaluate, "export": export}
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="mllm", description=(__doc__ or "").splitlines()[0])
     except ValueError as error:

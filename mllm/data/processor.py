@@ -151,7 +151,8 @@ class Processor:
         if self.image_fit == "native" or image.width == image.height:
             return image
         image = ImageOps.contain(image, (LARGEST_SIDE, LARGEST_SIDE)) if max(image.size) > LARGEST_SIDE else image
-        mean = tuple(round(255 * value) for value in self.image_processor.image_mean)
+        # rounded down, as LLaVA, its stock image processor and llama.cpp do
+        mean = tuple(int(255 * value) for value in self.image_processor.image_mean)
         side = max(image.size)
         square = Image.new("RGB", (side, side), mean)
         square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))

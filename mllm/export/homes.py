@@ -1,0 +1,113 @@
+"""Which transformers class holds a model exactly; decided by what the parts are, not by their names.
+
+Enters: a `MultimodalLM`, which may be a skeleton on the meta device (then config files alone decided). Leaves: a
+`Home`: the stock class, or remote code and why no stock class will do.
+
+Facts of transformers 5.23 behind the rules. Llava: hidden state of any layer before the encoder's final norm, at most
+one class token dropped, linear - activation - linear whose hidden width is the LLM's, a head without bias, cap or
+scale. The classes with a pixel shuffle all put a norm between encoder and connector (Idefics3, SmolVLM, Cohere2Vision
+and Lfm2Vl read behind the encoder's final norm, AyaVision and InternVL add a LayerNorm): no connector that reads
+before the norm can be rewritten for them. BLIP-2's Q-Former comes with an encoder of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from mllm.models.connectors.pixel_shuffle import Shuffle
+from mllm.models.multimodal import MultimodalLM
+
+ACTIVATIONS = {"GELU": "gelu", "SiLU": "silu", "ReLU": "relu", "Tanh": "tanh"}
+"""torch's module -> the name that transformers' configs use."""
+
+
+@dataclass(frozen=True)
+class Home:
+    """Where a model can live."""
+
+    architecture: str
+    """The class in transformers; empty where none holds it, and remote code does."""
+    why: str
+    """One sentence: what makes it fit, or what does not."""
+
+    @property
+    def is_stock(self) -> bool:
+        return bool(self.architecture)
+
+
+def find_home(model: MultimodalLM) -> Home:
+    """The stock class that holds every part of the model exactly, else remote code."""
+    obstacles = [*connector_obstacles(model), *encoder_obstacles(model), *head_obstacles(model.llm)]
+    if obstacles:
+        return Home("", "; ".join(obstacles))
+    if isinstance(model.connector, nn.Linear):
+        way = "as activation(x) - activation(-x) = x" if linear_fits_twice(model.connector) else "with no activation"
+        return Home("LlavaForConditionalGeneration", f"a linear connector, written {way} in Llava's two layers")
+    return Home("LlavaForConditionalGeneration", "its connector is Llava's")
+
+
+def connector_obstacles(model: MultimodalLM) -> list[str]:
+    """Why Llava's projector cannot be this connector."""
+    connector = model.connector
+    if isinstance(connector, nn.Linear) or is_llava_projector(connector):
+        return []
+    if any(isinstance(module, Shuffle) for module in connector.modules()):
+        return ["no stock class has a pixel shuffle without a norm between encoder and connector"]
+    if isinstance(connector, nn.Sequential) and all(isinstance(m, nn.Linear | nn.GELU) for m in connector):
+        return [f"a connector of {sum(isinstance(m, nn.Linear) for m in connector)} linear layers: Llava has two"]
+    return [f"no stock class has a {type(connector).__name__} behind a {model.vision_encoder.model.config.model_type}"]
+
+
+def is_llava_projector(connector: nn.Module) -> bool:
+    """Linear, activation, linear, and the hidden width is the LLM's."""
+    if not isinstance(connector, nn.Sequential) or len(connector) != 3:
+        return False
+    first, activation, second = connector
+    return (
+        isinstance(first, nn.Linear)
+        and isinstance(second, nn.Linear)
+        and type(activation).__name__ in ACTIVATIONS
+        and getattr(activation, "approximate", "none") == "none"
+        and first.out_features == second.in_features == second.out_features
+        and first.bias is not None
+        and second.bias is not None
+    )
+
+
+def linear_fits_twice(connector: nn.Linear) -> bool:
+    """Is there room in a hidden layer of the LLM's width for every input and its negative?"""
+    return 2 * connector.in_features <= connector.out_features
+
+
+def encoder_obstacles(model: MultimodalLM) -> list[str]:
+    prefix = prefix_tokens(model)
+    return [f"{prefix} class and register tokens: Llava drops one at most"] if prefix > 1 else []
+
+
+@torch.no_grad()
+def prefix_tokens(model: MultimodalLM) -> int:
+    """Class and register tokens in front of the patches; one blank image tells (its shape alone, on meta)."""
+    encoder = model.vision_encoder
+    side = encoder.model.config.image_size
+    place = next(encoder.model.parameters())
+    encoder.model(pixel_values=torch.zeros(1, 3, side, side, device=place.device, dtype=place.dtype))
+    assert encoder._features is not None
+    features, encoder._features = encoder._features, None
+    return int(features.shape[1]) - encoder.num_patches
+
+
+def head_obstacles(llm: Any) -> list[str]:
+    """What stands between the last hidden state and the logits beside one matrix."""
+    config = llm.config
+    found = [
+        f"the LLM's {name} is {value}: Llava's head has none"
+        for name, plain in (("final_logit_softcapping", None), ("logit_scale", None), ("logits_scaling", 1.0))
+        if (value := getattr(config, name, None)) not in (None, plain)
+    ]
+    if getattr(llm.get_output_embeddings(), "bias", None) is not None:
+        found.append("the LLM's head has a bias: Llava's has none")
+    return found

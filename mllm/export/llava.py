@@ -1,0 +1,109 @@
+"""The model as stock `LlavaForConditionalGeneration`: config and tensors.
+
+Enters: a `Trained` whose home is Llava. Leaves: `config.json` as a dictionary, and tensors by name, float32. Names
+are those of every published Llava: `vision_tower.vision_model.*`, `multi_modal_projector.linear_{1,2}.*`,
+`language_model.model.*`, `language_model.lm_head.weight`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mllm.export.homes import ACTIVATIONS, linear_fits_twice, prefix_tokens
+from mllm.export.layout import decoder_of, is_tied, published_names, text_config, vision_config
+from mllm.export.trained import Trained
+
+
+def config(trained: Trained) -> dict[str, Any]:
+    """What goes into `config.json`."""
+    model = trained.model
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "image_token_index": model.image_token_id,
+        "image_seq_length": trained.processor.num_visual_tokens,
+        "projector_hidden_act": projector(model.connector)[1],
+        "multimodal_projector_bias": True,
+        "vision_feature_layer": trained.parts.feature_layer,
+        "vision_feature_select_strategy": select_strategy(trained),
+        "tie_word_embeddings": is_tied(model.llm),
+        "vision_config": vision_config(model.vision_encoder.model),
+        "text_config": text_config(model.llm, vocabulary_rows(trained)),
+    }
+
+
+def select_strategy(trained: Trained) -> str:
+    """`default` drops a class token, `full` keeps all there is."""
+    return "default" if prefix_tokens(trained.model) else "full"
+
+
+def tensors(trained: Trained) -> dict[str, Tensor]:
+    """Every weight of the exported model."""
+    (first, second), _ = projector(trained.model.connector)
+    named = {
+        f"multi_modal_projector.linear_{number}.{part}": getattr(layer, part).detach()
+        for number, layer in ((1, first), (2, second))
+        for part in ("weight", "bias")
+    }
+    return {**vision_tensors(trained), **named, **language_tensors(trained, "language_model.model.")}
+
+
+def vision_tensors(trained: Trained) -> dict[str, Tensor]:
+    """The whole encoder, without SigLIP's pooling head (nobody reads it)."""
+    found = published_names(trained.vision_model())
+    return {
+        f"vision_tower.{name}": tensor for name, tensor in found.items() if not name.startswith("vision_model.head")
+    }
+
+
+def language_tensors(trained: Trained, prefix: str, head: str = "language_model.lm_head.weight") -> dict[str, Tensor]:
+    """The decoder under `prefix`, and the head where it is not the embeddings themselves; both have a row for the
+    image's token."""
+    llm, rows = trained.model.llm, vocabulary_rows(trained)
+    embeddings = llm.get_input_embeddings().weight
+    decoder = decoder_of(llm)
+    (own,) = [name for name, parameter in decoder.named_parameters() if parameter is embeddings]
+    found = {f"{prefix}{name}": tensor for name, tensor in published_names(decoder).items()}
+    found[prefix + own] = extended(embeddings.detach(), rows)
+    if not is_tied(llm):
+        found[head] = extended(llm.get_output_embeddings().weight.detach(), rows)
+    return found
+
+
+def vocabulary_rows(trained: Trained) -> int:
+    """Rows of the embedding table: transformers looks the placeholder up before it overwrites what it found."""
+    have = trained.model.llm.get_input_embeddings().num_embeddings
+    return max(have, trained.model.image_token_id + 1)
+
+
+def extended(table: Tensor, rows: int) -> Tensor:
+    """[have, D] -> [rows, D]: new rows are the mean of the others, so that a new token's logit is the mean logit and
+    greedy decoding never picks it."""
+    mean = table.mean(0, keepdim=True).expand(rows - len(table), -1)
+    return torch.cat([table, mean]) if rows > len(table) else table
+
+
+def projector(connector: Any) -> tuple[tuple[nn.Linear, nn.Linear], str]:
+    """Llava's two layers and the activation between them; exact also for a single linear layer."""
+    if not isinstance(connector, nn.Linear):
+        first, activation, second = connector
+        return (first, second), ACTIVATIONS[type(activation).__name__]
+    width_in, width = connector.in_features, connector.out_features
+    first, second = nn.Linear(width_in, width), nn.Linear(width, width)
+    with torch.no_grad():
+        for layer in (first, second):
+            layer.weight.zero_()
+            layer.bias.zero_()
+        if connector.bias is not None:
+            second.bias.copy_(connector.bias)
+        if not linear_fits_twice(connector):
+            first.weight.copy_(connector.weight)
+            second.weight.copy_(torch.eye(width))
+            return (first, second), "linear"
+        # gelu(x) - gelu(-x) = x, for each of the inputs
+        first.weight[: 2 * width_in].copy_(torch.cat([torch.eye(width_in), -torch.eye(width_in)]))
+        second.weight[:, : 2 * width_in].copy_(torch.cat([connector.weight, -connector.weight], dim=1))
+    return (first, second), "gelu"

@@ -1,0 +1,59 @@
+"""A finished stage as the exporters take it: one model with nothing wrapped around its parts.
+
+Enters: a stage folder or the Hub id of one. Leaves: a `Trained`: model in float32 with its LoRA merged, processor and
+config. Merging in float32 is what keeps the merged model the trained one; the exporters round once, when they write.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mllm.config import RunConfig, load_config, stage_config
+from mllm.data.processor import Processor
+from mllm.generate import find_folder
+from mllm.models.build import ModelConfig, build_model, load_vision_model
+from mllm.models.multimodal import MultimodalLM
+from mllm.train.stage_folder import load_stage
+from mllm.train.trainable import merge_lora
+
+
+@dataclass
+class Trained:
+    """What a stage left, ready to be written in another form."""
+
+    folder: Path
+    config: RunConfig
+    parts: ModelConfig
+    """The model section, in the dtype that it was trained with."""
+    model: MultimodalLM
+    processor: Processor
+
+    @property
+    def llm_config(self) -> Any:
+        return self.model.llm.config
+
+    def vision_model(self) -> Any:
+        """The encoder with all of its layers: ours is cut off behind the tap, stock classes expect the whole."""
+        whole = load_vision_model(replace(self.parts, dtype="float32"))
+        whole.load_state_dict(self.model.vision_encoder.model.state_dict(), strict=False)
+        return whole
+
+
+def load(name: str) -> Trained:
+    """Read a stage and merge its adapter.
+
+    Raises:
+        ValueError: there is no such stage, or its weights were drawn at random.
+    """
+    folder = find_folder(name)
+    config = load_config(stage_config(folder))
+    parts = config.parts()
+    if parts.random_weights:
+        raise ValueError(f"{name} has model.random_weights: its parts exist nowhere, there is nothing to export")
+    processor = Processor.load(folder / "processor")
+    model = build_model(replace(parts, dtype="float32"), processor.image_token_id)
+    load_stage(model, folder)
+    merge_lora(model)
+    return Trained(folder, config, parts, model.float().eval().requires_grad_(False), processor)

@@ -1,0 +1,70 @@
+"""A model as a folder that `transformers` alone loads, chats with and trains on.
+
+Enters: the name of a finished stage. Leaves: `config.json`, weights in safetensors, processor, generation defaults,
+and the proofs that fresh processes gave.
+"""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mllm.export import Dtype, Exported, environments, llava, processor_files
+from mllm.export.homes import Home, find_home
+from mllm.export.proof import prove
+from mllm.export.trained import Trained, load
+from mllm.generate import stop_ids
+
+
+def write(model: str, folder: Path, dtype: Dtype, check_with: list[str]) -> Exported:
+    """Write all files, then have them read."""
+    chosen, left_out = environments.choose(check_with)
+    trained = load(model)
+    kind = getattr(torch, trained.parts.dtype if dtype == "auto" else dtype)
+    home = write_files(trained, folder, kind)
+    gc.collect()
+    proofs = prove(trained, folder, chosen, kind)
+    return Exported(folder, "transformers", home.architecture, home.why, tuple(proofs), (left_out,) if left_out else ())
+
+
+def write_files(trained: Trained, folder: Path, dtype: torch.dtype) -> Home:
+    """Everything but the proof; where the model lives."""
+    home = find_home(trained.model)
+    if not home.is_stock:
+        raise ValueError(f"no stock class holds this model: {home.why}")
+    config = llava.config(trained)
+    write_model(folder, config, llava.tensors(trained), dtype)
+    write_generation_config(trained, folder)
+    strategy = config["vision_feature_select_strategy"]
+    patch_size = trained.model.vision_encoder.model.config.patch_size
+    processor_files.write(trained.processor, folder, trained.parts.llm, patch_size, strategy)
+    return home
+
+
+def write_model(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """`config.json`, and the weights in shards of 5 GB with their index."""
+    from huggingface_hub import save_torch_state_dict
+
+    folder.mkdir(parents=True, exist_ok=True)
+    name = str(dtype).removeprefix("torch.")
+    processor_files.write_json(folder / "config.json", {**config, "dtype": name})
+    rounded = {key: tensor.detach().to(dtype).contiguous() for key, tensor in tensors.items()}
+    save_torch_state_dict(rounded, folder, max_shard_size="5GB")
+
+
+def write_generation_config(trained: Trained, folder: Path) -> None:
+    """Greedy, and where an answer ends, as `mllm chat` has it."""
+    own = trained.model.llm.generation_config
+    ends = stop_ids(trained.model, trained.processor)
+    pad = trained.processor.tokenizer.pad_token_id
+    facts = {
+        "bos_token_id": own.bos_token_id,
+        "eos_token_id": ends if len(ends) != 1 else ends[0],
+        "pad_token_id": pad if pad is not None else (ends[0] if ends else None),
+        "do_sample": False,
+    }
+    processor_files.write_json(folder / "generation_config.json", facts)

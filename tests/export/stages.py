@@ -1,0 +1,111 @@
+"""Small finished stages of real classes: parts in Hub format, and a stage folder made of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    CLIPImageProcessor,
+    Dinov2Config,
+    Dinov2WithRegistersConfig,
+    Gemma2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3Config,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+    ViTConfig,
+    ViTImageProcessor,
+)
+
+from conftest import ENDS, IMAGE_SIZE, PATCH, make_clip, make_image_processor, make_processor, make_tokenizer
+from mllm.config import RunConfig, dump_config
+from mllm.data.processor import Processor
+from mllm.models.build import ModelConfig, build_model, visual_tokens_per_image
+from mllm.models.connectors import MLPConnector
+from mllm.train.settings import TrainConfig
+from mllm.train.stage_folder import save_stage
+from mllm.train.trainable import LearningRates, Lora, choose_trainable
+
+SMALL = {"hidden_size": 24, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 3}
+PICTURE = {"image_size": IMAGE_SIZE, "patch_size": PATCH}
+SIDES = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+VISION = {
+    "siglip": (SiglipVisionConfig, SiglipImageProcessor(size=SIDES)),
+    "vit": (ViTConfig, ViTImageProcessor(size=SIDES)),
+    "dinov2": (Dinov2Config, CLIPImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size=SIDES)),
+    "registers": (Dinov2WithRegistersConfig, CLIPImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size=SIDES)),
+}
+WORDS = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    **ENDS,
+}
+ROPE = {"rope_type": "default", "rope_theta": 5e5}
+"""Not the default of any family: a reader that misses it computes something else."""
+LLMS = {
+    "llama": (LlamaConfig, {"rope_parameters": ROPE}),
+    "qwen2": (Qwen2Config, {"rope_parameters": ROPE, "tie_word_embeddings": True}),
+    "qwen3": (Qwen3Config, {"rope_parameters": ROPE}),
+    "gemma2": (Gemma2Config, {"query_pre_attn_scalar": 8, "final_logit_softcapping": 3.0}),
+    "gpt_neox": (GPTNeoXConfig, {"rotary_pct": 0.5}),
+}
+
+
+def make_parts(folder: Path, encoder: str = "clip", llm: str = "llama", template: Any = None, **changes: Any) -> None:
+    """`encoder/` and `llm/` in Hub format."""
+    torch.manual_seed(0)
+    if encoder == "clip":
+        vision, images = make_clip(), make_image_processor()
+    else:
+        kind, images = VISION[encoder]
+        extra = {"mlp_ratio": 2} if "Dinov2" in kind.__name__ else {}
+        vision = AutoModel.from_config(kind(**SMALL, **PICTURE, **extra))
+        torch.manual_seed(1)
+        for parameter in vision.parameters():  # many of these are born as zeros and ones
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    vision.save_pretrained(folder / "encoder")
+    images.save_pretrained(folder / "encoder")
+    kind, own = LLMS[llm]
+    torch.manual_seed(2)
+    model = AutoModelForCausalLM.from_config(kind(**{"vocab_size": 384, **WORDS, **own, **changes}))
+    with torch.no_grad():
+        for parameter in model.parameters():  # sharp enough that greedy answers differ from prompt to prompt
+            parameter += 0.2 * torch.randn_like(parameter)
+    model.save_pretrained(folder / "llm")
+    tokenizer = make_tokenizer(**({"chat_template": template} if template else {}))
+    tokenizer.save_pretrained(folder / "llm")
+
+
+def make_stage(
+    folder: Path, connector: Any = None, lora: bool = False, image_fit: str = "native", **model: Any
+) -> Path:
+    """A finished stage of the parts that lie in `folder`; its connector and adapter are random, as if trained."""
+    parts = ModelConfig(str(folder / "encoder"), str(folder / "llm"), connector or MLPConnector(), **model)
+    out = folder / "stage"
+    processor = Processor.from_hub(parts.llm, parts.vision_encoder, visual_tokens_per_image(parts), image_fit)
+    torch.manual_seed(3)
+    built = build_model(parts, processor.image_token_id)
+    rates = LearningRates(connector=1e-3, llm=1e-3 if lora else None)
+    choose_trainable(built, rates, Lora(rank=4, alpha=8) if lora else None)
+    with torch.no_grad():
+        for parameter in built.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+    out.mkdir(parents=True, exist_ok=True)
+    train = TrainConfig(output_dir=out, learning_rate=rates)
+    save_stage(out, built, processor, dump_config(RunConfig(train, model=parts)))
+    return out
+
+
+__all__ = ["make_parts", "make_processor", "make_stage"]

@@ -1,0 +1,194 @@
+"""An exported folder says what the trained model says, in stock classes, in a process that cannot import mllm."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from data.families import FAMILIES
+from mllm import cli
+from mllm.export import environments, export, reload
+from mllm.export.environments import HERE, Environment
+from mllm.export.llava import extended
+from mllm.export.proof import judge, prove, write_reference
+from mllm.export.trained import load
+from mllm.export.transformers_folder import write_files
+from mllm.models.connectors import LinearConnector, MLPConnector
+from stages import make_parts, make_stage
+
+OLD = os.environ.get("MLLM_TRANSFORMERS_4_57", "")
+"""A folder of packages with transformers 4.57 (`make test-export` makes one), or a Python that has it."""
+needs_old = pytest.mark.skipif(
+    not OLD, reason="no transformers 4.57: `make test-export` installs it and sets MLLM_TRANSFORMERS_4_57"
+)
+LLAVA = {
+    "clip-llama": ({}, {}),
+    "siglip-qwen2-tied-lora": ({"encoder": "siglip", "llm": "qwen2"}, {"lora": True}),
+    "vit-qwen3": ({"encoder": "vit", "llm": "qwen3"}, {}),
+    "dinov2-last-layer": ({"encoder": "dinov2"}, {"feature_layer": -1}),
+    "clip-neox": ({"llm": "gpt_neox"}, {}),
+    "linear-wide-llm": ({"hidden_size": 64, "head_dim": 16}, {"connector": LinearConnector()}),
+    "linear-narrow-llm": ({}, {"connector": LinearConnector()}),
+    "siglip-padded": ({"encoder": "siglip"}, {"image_fit": "pad"}),
+    "clip-padded": ({}, {"image_fit": "pad"}),
+    "no-row-for-the-image": ({"vocab_size": 303, "llm": "qwen2"}, {}),
+    "chatml": ({"template": FAMILIES["qwen2"].template}, {}),
+    "thinking": ({"template": FAMILIES["qwen3"].template}, {}),
+}
+"""Parts and stage settings that stock Llava holds."""
+
+
+def made(folder: Path, parts: dict[str, Any], stage: dict[str, Any]) -> Path:
+    make_parts(folder, **parts)
+    return make_stage(folder, **stage)
+
+
+def old_environment() -> Environment:
+    if Path(OLD).is_dir():
+        return Environment("transformers 4.57", sys.executable, (OLD,))
+    return Environment("transformers 4.57", OLD)
+
+
+@pytest.mark.parametrize("name", LLAVA)
+def test_stock_llava_says_what_the_trained_model_says(name: str, tmp_path: Path) -> None:
+    trained, out = load(str(made(tmp_path, *LLAVA[name]))), tmp_path / "out"
+    home = write_files(trained, out, torch.float32)
+    assert home.architecture == "LlavaForConditionalGeneration"
+    write_reference(trained, tmp_path, torch.float32)
+    found = reload.compare(str(out), str(tmp_path))
+    found["mllm"] = False  # this process has imported it
+    proof = judge(HERE, found)
+    assert proof.faults == ()
+    assert proof.samples == 3
+    answers = [sample["answer"] for sample in found["samples"]]
+    assert any(answers), "silence is no answer to compare"
+
+
+@needs_old
+@pytest.mark.long
+@pytest.mark.parametrize("name", LLAVA)
+def test_transformers_4_57_says_it_too(name: str, tmp_path: Path) -> None:
+    trained, out = load(str(made(tmp_path, *LLAVA[name]))), tmp_path / "out"
+    write_files(trained, out, torch.float32)
+    (proof,) = prove(trained, out, [old_environment()], torch.float32)
+    assert proof.faults == ()
+    assert proof.transformers.startswith("4.57")
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made(tmp_path_factory.mktemp("parts"), {"encoder": "siglip", "llm": "qwen2"}, {"lora": True})
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> Any:
+    """`mllm export` in this process: 0, or its one line of error."""
+    monkeypatch.setattr(sys, "argv", ["mllm", "export", *map(str, arguments)])
+    try:
+        cli.main()
+        return 0
+    except SystemExit as ended:
+        return ended.code
+
+
+def test_command_proves_the_folder_in_a_fresh_process(
+    stage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    assert run(monkeypatch, stage, "--out", tmp_path / "out", "--dtype", "bfloat16") == 0
+    told = capsys.readouterr().out
+    assert "LlavaForConditionalGeneration" in told
+    assert "proven: transformers 5" in told
+    assert "not checked under transformers 4.57.6 (offline)" in told
+    report = json.loads((tmp_path / "out" / "export.json").read_text())
+    assert [proof["faults"] for proof in report["proofs"]] == [[]]
+    weights = load_file(str(tmp_path / "out" / "model.safetensors"))
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    assert not list(tmp_path.glob("*.partial"))
+    # a second time the folder is used
+    assert "not empty: --overwrite replaces it" in run(monkeypatch, stage, "--out", tmp_path / "out")
+
+
+def test_folder_that_says_something_else_is_refused(
+    stage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mllm.export.llava.select_strategy", lambda trained: "default")  # SigLIP has no class token
+    ended = run(monkeypatch, stage, "--out", tmp_path / "out")
+    assert ended.startswith("error: not exported: transformers 5")
+    assert not (tmp_path / "out").exists()
+    report = json.loads((tmp_path / "out.refused" / "export.json").read_text())
+    assert report["proofs"][0]["faults"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "fault"),
+    [("multi_modal_projector.linear_2.bias", "logits differ"), ("vision_tower.vision_model.encoder", "missing keys")],
+)
+def test_proof_notices_a_wrong_and_a_missing_weight(stage: Path, tmp_path: Path, damage: str, fault: str) -> None:
+    from safetensors.torch import save_file
+
+    trained, out = load(str(stage)), tmp_path / "out"
+    write_files(trained, out, torch.float32)
+    weights = load_file(str(out / "model.safetensors"))
+    hit = {name: tensor for name, tensor in weights.items() if name.startswith(damage)}
+    for name, tensor in hit.items():
+        if fault == "missing keys":
+            del weights[name]
+        else:
+            weights[name] = tensor + 1e-3
+    save_file(weights, str(out / "model.safetensors"), {"format": "pt"})
+    write_reference(trained, tmp_path, torch.float32)
+    found = reload.compare(str(out), str(tmp_path))
+    assert any(fault in told for told in judge(HERE, {**found, "mllm": False}).faults)
+
+
+def test_names_are_those_of_published_checkpoints(stage: Path, tmp_path: Path) -> None:
+    trained = load(str(stage))
+    write_files(trained, tmp_path, torch.float32)
+    names = set(load_file(str(tmp_path / "model.safetensors")))
+    assert "vision_tower.vision_model.encoder.layers.2.mlp.fc1.weight" in names, "the layer behind the tap is there too"
+    assert "language_model.model.layers.0.self_attn.q_proj.weight" in names
+    assert "language_model.lm_head.weight" not in names, "tied: the embeddings are the head"
+    assert not [name for name in names if "vision_model.head" in name or "lora" in name]
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["text_config"]["architectures"] == ["Qwen2ForCausalLM"]
+    assert config["text_config"]["rope_theta"] == config["text_config"]["rope_parameters"]["rope_theta"] == 5e5
+    assert config["vision_config"]["vision_use_head"] is False
+    assert config["vision_feature_select_strategy"] == "full"
+    tokenizer = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+    images = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    assert images["crop_size"] == {"height": 28, "width": 28}
+    assert not images["do_center_crop"]
+
+
+def test_new_row_of_the_head_never_wins() -> None:
+    table = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    logits = torch.randn(1000, 8, generator=torch.Generator().manual_seed(1)) @ extended(table, 51).T
+    assert not (logits.argmax(1) == 50).any()
+
+
+def test_mlp_of_three_layers_has_no_stock_class(tmp_path: Path) -> None:
+    from mllm.export.homes import find_home
+
+    trained = load(str(made(tmp_path, {}, {"connector": MLPConnector(depth=3)})))
+    home = find_home(trained.model)
+    assert not home.is_stock
+    assert "3 linear layers" in home.why
+
+
+def test_python_that_is_not_there_is_a_mistake_told_in_words(stage: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--check-with /nowhere/python"):
+        export(str(stage), tmp_path / "out", check_with=["/nowhere/python"])
+
+
+def test_offline_and_without_the_old_version_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    chosen, note = environments.choose([])
+    assert chosen == [HERE]
+    assert "--check-with 4.57.6" in note
