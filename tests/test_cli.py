@@ -75,7 +75,9 @@ def test_import_and_help_take_less_than_a_second(command: tuple[str, ...]) -> No
     assert min(cpu_seconds(*command) for _ in range(3)) < SECONDS
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["chat", "--help"], ["eval", "--help"], ["export", "--help"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [["--help"], *([name, "--help"] for name in ("chat", "eval", "export"))], ids=" ".join
+)
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     program = (
         f"import sys; sys.argv = ['mllm', *{arguments}]\nimport mllm.cli\n"

@@ -15,8 +15,9 @@ from mllm.data.processor import Processor
 from mllm.generate import find_folder
 from mllm.models.build import ModelConfig, build_model, load_vision_model
 from mllm.models.multimodal import MultimodalLM
+from mllm.models.quantised import dequantise, is_quantised
+from mllm.train.adapters import merge_lora
 from mllm.train.stage_folder import load_stage
-from mllm.train.trainable import merge_lora
 
 
 @dataclass
@@ -53,7 +54,11 @@ def load(name: str) -> Trained:
     if parts.random_weights:
         raise ValueError(f"{name} has model.random_weights: its parts exist nowhere, there is nothing to export")
     processor = Processor.load(folder / "processor")
-    model = build_model(replace(parts, dtype="float32"), processor.image_token_id)
+    # four bits are drawn from the weights as training read them
+    exact = parts if parts.quantisation else replace(parts, dtype="float32")
+    model = build_model(exact, processor.image_token_id)
     load_stage(model, folder)
     merge_lora(model)
+    if is_quantised(model.llm):
+        dequantise(model.llm)
     return Trained(folder, config, parts, model.float().eval().requires_grad_(False), processor)
