@@ -30,7 +30,7 @@ from mllm.models.attention import check_isolation
 from mllm.models.build import check_llm, named, visual_tokens_per_image
 from mllm.models.multimodal import MultimodalLM
 from mllm.quiet import quiet_libraries
-from mllm.train import zero
+from mllm.train import trackers, zero
 from mllm.train.checkpoint import checkpoints
 from mllm.train.ledger import Quarantine
 from mllm.train.loop import deal, make_plan, num_steps
@@ -51,6 +51,9 @@ WRITTEN = (
     "checkpoints",
     "metrics.jsonl",
     "loss.png",
+    "tensorboard",
+    "wandb",
+    trackers.REMEMBERED,
     "quarantine.jsonl",
     "ledger.json",
 )
@@ -63,6 +66,7 @@ def start(config: RunConfig) -> Accelerator:
     from accelerate.utils import GradientAccumulationPlugin
 
     check_output(config)
+    trackers.check(config.train.trackers)
     quiet_libraries()
     # the step counts its micro-batches itself: a number from `accelerate launch` would divide the gradient once more
     once = GradientAccumulationPlugin(num_steps=1)

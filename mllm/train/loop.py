@@ -123,7 +123,7 @@ def fit(
         ledger.resume(accelerator, first_step)
     micro_batches = batches(dataset, first_step, last_step, data.num_workers)
     sources = labels(index.sources)
-    with Metrics(train, first_step, last_step, accelerator.is_main_process) as metrics:
+    with Metrics(accelerator, train, first_step, last_step) as metrics:
         for step in range(first_step, last_step):
             torch.manual_seed(step_seed(train.seed, step, accelerator.process_index))
             set_rates(optimizer, rate_factor(step, last_step, train.warmup, train.schedule))

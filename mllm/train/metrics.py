@@ -16,9 +16,12 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mllm.train.picture import draw_loss
-from mllm.train.screen import sentence
+from mllm.train.screen import flat, sentence
+from mllm.train.trackers import Tracking
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from mllm.train.settings import TrainConfig
 
 REDRAW_SECONDS = 30.0
@@ -28,9 +31,11 @@ REDRAW_SECONDS = 30.0
 class Metrics:
     """A context: the bar runs inside it, the picture is final when it is left. Off the main process it is mute."""
 
-    def __init__(self, train: TrainConfig, first_step: int, last_step: int, is_main: bool) -> None:
-        self.folder, self.is_main = train.output_dir, is_main
-        self.lines = keep_before(self.folder / "metrics.jsonl", first_step) if is_main else []
+    def __init__(self, accelerator: Accelerator, train: TrainConfig, first_step: int, last_step: int) -> None:
+        self.folder, self.is_main = train.output_dir, accelerator.is_main_process
+        told = whole_lines(self.folder / "metrics.jsonl") if self.is_main else []
+        self.tracking = Tracking(accelerator, train, first_step, told[-1]["step"] if told else 0)
+        self.lines = keep_before(self.folder / "metrics.jsonl", first_step) if self.is_main else []
         self.first_step, self.last_step = first_step, last_step
         self.before = self.lines[-1]["seconds"] if self.lines else 0.0
         self.bar = Progress(
@@ -40,13 +45,14 @@ class Metrics:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[numbers]}"),
-            disable=not is_main,
+            disable=not self.is_main,
         )
         # a terminal has the bar, a log file has nothing else
         self.log_every = train.log_every or (0 if self.bar.console.is_terminal else 1)
 
     def __enter__(self) -> Metrics:
         self.task = self.bar.add_task("train", total=self.last_step, completed=self.first_step, numbers="")
+        self.tracking.__enter__()
         self.started = self.drawn = time.perf_counter()
         self.bar.start()
         return self
@@ -60,6 +66,7 @@ class Metrics:
         self.lines.append(line)
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
+        self.tracking.log(step, flat(line))
         self.show(line)
         if time.perf_counter() - self.drawn > REDRAW_SECONDS:
             self.drawn = time.perf_counter()
@@ -83,6 +90,7 @@ class Metrics:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.bar.stop()
+        self.tracking.__exit__(kind, error, trace)
         if self.is_main:
             draw_loss(self.lines, self.folder / "loss.png")
 

@@ -14,6 +14,7 @@ from mllm.train.adapters import Lora
 from mllm.train.losses import Reduction
 from mllm.train.optimizer import OptimizerName
 from mllm.train.schedule import Schedule
+from mllm.train.trackers import Trackers
 from mllm.train.trainable import LearningRates
 
 
@@ -56,6 +57,12 @@ class TrainConfig(Schema):
     log_every: Positive | None = None
     """Steps between lines on the screen; `metrics.jsonl` has every step. Where it is not set: every step in a log file,
     and in a terminal those with a held-out loss alone, since the bar shows the newest."""
+    trackers: Trackers = field(default_factory=list)
+    """Where the numbers of each step go as well: `tensorboard` (into the stage folder), `wandb`, `trackio`."""
+    project: str = "mllm"
+    """The project under which trackers file the run."""
+    run_name: str = ""
+    """The name of the run in `wandb` and `trackio`; where it is not set, the last two parts of `output_dir`."""
     save_every: Positive | None = None
     """Steps between checkpoints; none where it is not set."""
     seed: int = 0
