@@ -19,11 +19,18 @@ from conftest import make_model, make_processor, make_sample
 from mllm.config import Loader
 from mllm.data.collate import collate
 from mllm.data.packing import join
-from mllm.models.connectors import ConnectorConfig, MLPConnector, QFormerConnector
+from mllm.models.connectors import (
+    AvgPoolConnector,
+    CAbstractorConnector,
+    ConnectorConfig,
+    MLPConnector,
+    QFormerConnector,
+    ResamplerConnector,
+)
 from mllm.train.losses import NextToken, model_inputs
 from mllm.train.stage_folder import load_whole, save_whole
 
-SMALL = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "num_queries": 4}
+SMALL = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "num_queries": 4, "tokens": 4}
 """For the members whose defaults are of real size; a field that a member does not have is left out."""
 KINDS = get_args(get_args(ConnectorConfig)[0])
 WIDTHS = [(24, 32), (13, 7), (5, 50)]
@@ -171,3 +178,72 @@ def test_pixel_shuffle_joins_the_patches_of_a_block_in_reading_order() -> None:
     features = torch.arange(16.0).reshape(1, 16, 1)  # a grid of 4 x 4, each patch its own number
     tokens = Shuffle(2)(features)
     assert tokens[0].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+
+
+def test_avg_pool_tokens_are_means_of_their_blocks() -> None:
+    pool = AvgPoolConnector(tokens=4, depth=1).build(1, 1, 16)[0]
+    features = torch.arange(16.0).reshape(1, 16, 1)  # a grid of 4 x 4, each patch its own number
+    assert pool(features).flatten().tolist() == [(0 + 1 + 4 + 5) / 4, 4.5, 10.5, (10 + 11 + 14 + 15) / 4]
+
+
+def test_avg_pool_of_all_patches_is_the_mlp() -> None:
+    pooled, mlp = built(AvgPoolConnector, patches=4), built(MLPConnector, patches=4)
+    assert torch.equal(pooled(features(4)), mlp(features(4)))
+
+
+def test_avg_pool_weights_of_one_token_count_serve_another(tmp_path: Path) -> None:
+    """Open-Qwen2VL learns with 144 tokens and goes on with 729."""
+    few, all_of_them = (AvgPoolConnector(tokens=tokens).build(24, 32, 729) for tokens in (144, 729))
+    save_whole(few, tmp_path / "connector.safetensors")
+    load_whole(all_of_them, tmp_path / "connector.safetensors")
+    assert (few(features(729)).shape[1], all_of_them(features(729)).shape[1]) == (144, 729)
+    flat = torch.ones(1, 729, 24)
+    torch.testing.assert_close(few(flat)[:, 0], all_of_them(flat)[:, 0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [AvgPoolConnector, CAbstractorConnector])
+@pytest.mark.parametrize(
+    ("tokens", "patches", "said"), [(5, 16, "tokens must be a"), (4, 15, "patches"), (25, 16, "more")]
+)
+def test_pooling_that_cannot_be_is_refused_before_any_weight(kind: type, tokens: int, patches: int, said: str) -> None:
+    with pytest.raises(ValueError, match=rf"{tokens} tokens on {patches} patches: .*{said}"):
+        kind(tokens=tokens).num_tokens(patches)
+
+
+def test_resampler_and_c_abstractor_are_the_papers_by_default() -> None:
+    flamingo, honeybee = ResamplerConnector(), CAbstractorConnector()
+    assert (flamingo.num_queries, flamingo.num_layers, flamingo.num_heads) == (64, 6, 16)
+    assert (honeybee.tokens, honeybee.hidden_size, honeybee.depth, honeybee.mlp_depth) == (144, 1024, 3, 2)
+
+
+def test_resampler_whose_heads_do_not_divide_its_width_is_refused() -> None:
+    with pytest.raises(ValueError, match="hidden_size 16 with 3 heads"):
+        ResamplerConnector(hidden_size=16, num_heads=3).build(24, 32, 4)
+
+
+@pytest.mark.parametrize("kind", [QFormerConnector, ResamplerConnector])
+def test_queries_read_patches_in_any_order_alike(kind: type) -> None:
+    """The encoder has put positions into its features; queries look at a set."""
+    connector, shown = built(kind, patches=16).eval(), features(16)
+    torch.testing.assert_close(connector(shown), connector(shown.flip(1)), rtol=1e-4, atol=1e-5)
+
+
+def test_c_abstractor_token_knows_its_neighbourhood_and_not_the_far_side() -> None:
+    """A block reaches one patch further; squeeze and excitation is held, which looks at the whole map."""
+    connector = CAbstractorConnector(tokens=64, hidden_size=16, depth=1, mlp_depth=1).build(24, 32, 64).eval()
+    for block in (connector.before[0], connector.behind[0]):
+        nn.init.zeros_(block.excite.weight)
+    shown = features(64, images=1)
+    changed = shown.clone()
+    changed[0, 0] += 1
+    moved = (connector(changed) - connector(shown))[0].abs().amax(-1).reshape(8, 8) > 1e-6
+    assert moved[:3, :3].all()
+    assert not moved[3:].any()
+    assert not moved[:, 3:].any()
+
+
+def test_mlp_with_a_norm_takes_no_notice_of_the_scale_of_features() -> None:
+    """Layers side by side differ in scale: VipLlava puts a LayerNorm over them."""
+    normed, plain = MLPConnector(norm=True).build(24, 32, 4), built(MLPConnector)
+    torch.testing.assert_close(normed(100 * features()), normed(features()), rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(plain(100 * features()), plain(features()), atol=1e-2)

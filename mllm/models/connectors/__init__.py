@@ -10,11 +10,21 @@ from typing import Annotated
 
 from pydantic import Field
 
+from mllm.models.connectors.avg_pool import AvgPoolConnector
+from mllm.models.connectors.c_abstractor import CAbstractorConnector
 from mllm.models.connectors.linear import LinearConnector
 from mllm.models.connectors.mlp import MLPConnector
 from mllm.models.connectors.pixel_shuffle import PixelShuffleConnector
 from mllm.models.connectors.qformer import QFormerConnector
+from mllm.models.connectors.resampler import ResamplerConnector
 
 ConnectorConfig = Annotated[
-    LinearConnector | MLPConnector | PixelShuffleConnector | QFormerConnector, Field(discriminator="type")
+    LinearConnector
+    | MLPConnector
+    | AvgPoolConnector
+    | PixelShuffleConnector
+    | QFormerConnector
+    | ResamplerConnector
+    | CAbstractorConnector,
+    Field(discriminator="type"),
 ]

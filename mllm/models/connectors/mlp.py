@@ -21,11 +21,14 @@ class MLPConnector(Connector):
     type: Literal["mlp"] = "mlp"
     depth: int = 2
     """Linear layers, at least 2."""
+    norm: bool = False
+    """A LayerNorm in front, as VipLlava has it over several layers side by side."""
 
     def build(self, encoder_width: int, llm_width: int, num_patches: int) -> nn.Module:
         if self.depth < 2:
             raise ValueError(f"an mlp connector of depth {self.depth}: use at least 2, or `type: linear`")
-        return nn.Sequential(*linear_layers(encoder_width, llm_width, self.depth))
+        first: list[nn.Module] = [nn.LayerNorm(encoder_width)] if self.norm else []
+        return nn.Sequential(*first, *linear_layers(encoder_width, llm_width, self.depth))
 
 
 def linear_layers(width_in: int, llm_width: int, depth: int) -> list[nn.Module]:
