@@ -19,7 +19,7 @@ from mllm.image_processor import load_image_processor, square_side
 from mllm.models.connectors import ConnectorConfig, MLPConnector
 from mllm.models.fused_encoder import FusedEncoder
 from mllm.models.multimodal import MultimodalLM
-from mllm.models.quantised import check_installed, quantisation_config, quantise
+from mllm.models.quantised import check_installed, keep_layout, quantisation_config, quantise
 from mllm.models.vision_encoder import VisionEncoder
 from mllm.models.vision_grid import Grid, common_grids, grid, takes_any_size, vision_config
 from mllm.schema import Schema
@@ -147,7 +147,9 @@ def load_llm(config: ModelConfig) -> Any:
             return drawn
         if config.quantisation:
             options["quantization_config"] = quantisation_config(dtype)
-        return AutoModelForCausalLM.from_pretrained(config.llm, **options)
+        llm = AutoModelForCausalLM.from_pretrained(config.llm, **options)
+        keep_layout(llm)
+        return llm
 
 
 @contextlib.contextmanager

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+NF4: dict[str, Any] = {"compress_statistics": True, "quant_type": "nf4"}
+"""What `quantisation_config` says, in the words of bitsandbytes' own layers."""
+
 
 def quantisation_config(dtype: torch.dtype) -> Any:
     """What `from_pretrained` is told: NF4, its scales quantised too, products computed in `dtype`. The head, and what
@@ -56,18 +59,26 @@ def quantise(llm: Any, dtype: torch.dtype) -> None:
     check_installed()
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    options: dict[str, Any] = {"compress_statistics": True, "quant_type": "nf4"}
     head = llm.get_output_embeddings()
     for name, module in list(llm.named_modules()):
         if type(module) is nn.Linear and module is not head:
             with torch.device("meta"):
-                packed = Linear4bit(module.in_features, module.out_features, False, dtype, **options)
-            weight: Any = Params4bit(module.weight.data, requires_grad=False, module=packed, **options)
+                packed = Linear4bit(module.in_features, module.out_features, False, dtype, **NF4)
+            weight: Any = Params4bit(module.weight.data, requires_grad=False, module=packed, **NF4)
             packed.weight = weight.to(module.weight.device)
             packed.bias = module.bias
             llm.set_submodule(name, packed.train(module.training))
+    keep_layout(llm)
     llm.config.quantization_config = quantisation_config(dtype)
     llm.is_loaded_in_4bit = llm.is_quantized = True
+
+
+def keep_layout(llm: nn.Module) -> None:
+    """Some CPUs (AVX512-BF16) would repack the weights in the first forward pass without gradients, compute in
+    bfloat16 from then on, and have no gradient any more: an evaluation would end the training behind it."""
+    for module in llm.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def dequantise(llm: Any) -> None:
@@ -86,3 +97,44 @@ def dequantise(llm: Any) -> None:
         llm.config.__dict__.pop(mark, None)
     for mark in ("is_loaded_in_4bit", "is_quantized", "hf_quantizer", "quantization_method"):
         llm.__dict__.pop(mark, None)
+
+
+def round_to_4bit(llm: Any) -> None:
+    """In place: full weights become what their four bits stand for, which is what an adapter of QLoRA was trained
+    on."""
+    quantise(llm, llm.dtype)
+    dequantise(llm)
+
+
+def packed_parts(parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What turns each packed weight back into numbers (its scales), by bitsandbytes' own names, in the computer's
+    memory."""
+    return {
+        f"{name}.{key}": value.detach().cpu()
+        for name, parameter in parameters.items()
+        if is_4bit(parameter)
+        for key, value in parameter.quant_state.as_dict(packed=True).items()  # type: ignore[attr-defined]
+    }
+
+
+def fill(llm: nn.Module, saved: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Give the 4-bit layers their weights from a file, packed or in full; returns what the file holds for others."""
+    from bitsandbytes.nn import Params4bit
+
+    left = dict(saved)
+    for name, module in llm.named_modules():
+        if type(module).__name__ != "Linear4bit":
+            continue
+        own, key = module.weight, f"{name}.weight"
+        if key not in left:
+            continue  # the caller tells: it has no weight for this name
+        value = left.pop(key)
+        parts = {part: left.pop(part) for part in list(left) if part.startswith(f"{key}.")}
+        if parts:
+            stats = {part.removeprefix(f"{name}."): tensor for part, tensor in parts.items()}
+            fresh: Any = Params4bit.from_prequantized(value, stats, device=own.device, module=module)
+        else:
+            full = value.to(own.quant_state.dtype)
+            fresh = Params4bit(full, requires_grad=False, module=module, **NF4)
+        module.weight = fresh.to(own.device)
+    return left

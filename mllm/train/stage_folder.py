@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import yaml
+from safetensors.torch import load_file
 from torch import nn
 
 from mllm.models.multimodal import MultimodalLM
+from mllm.models.quantised import fill, is_4bit, is_quantised, packed_parts, round_to_4bit
 from mllm.train.adapters import is_adapted, put, wrapped
 from mllm.train.scales import plain
 from mllm.train.shards import whole
-from mllm.train.tensors import load_tensors, save_tensors
+from mllm.train.tensors import fill_tensors, save_tensors
 
 if TYPE_CHECKING:
     from mllm.data.processor import Processor
@@ -50,7 +53,9 @@ def save_part(folder: Path, model: MultimodalLM, name: str, is_main: bool = True
     else:
         differs = differs or any(p.requires_grad for p in part.parameters())
     if differs:
-        save_tensors(whole(without_adapter(part), is_main), folder / f"{name}.safetensors", is_main)
+        own = without_adapter(part)
+        tensors = whole(own, is_main) | (packed_parts(own) if is_main else {})
+        save_tensors(tensors, folder / f"{name}.safetensors", is_main)
 
 
 def without_adapter(part: nn.Module) -> dict[str, torch.Tensor]:
@@ -76,6 +81,9 @@ def load_stage(model: MultimodalLM, folder: Path) -> None:
         if (folder / f"{name}.safetensors").is_file():
             load_whole(getattr(model, name), folder / f"{name}.safetensors")
             getattr(model, name).differs_from_hub = True
+    if (folder / ADAPTERS["llm"]).is_dir() and was_quantised(folder) and not is_quantised(model.llm):
+        round_to_4bit(model.llm)  # what the adapter was trained on
+        model.llm.differs_from_hub = True
     for name, adapter in ADAPTERS.items():
         if (folder / adapter).is_dir():
             from peft import PeftModel
@@ -83,6 +91,20 @@ def load_stage(model: MultimodalLM, folder: Path) -> None:
             put(model, name, PeftModel.from_pretrained(wrapped(model, name), str(folder / adapter)))
 
 
+def was_quantised(folder: Path) -> bool:
+    """Did the stage hold its LLM in four bits?"""
+    config = yaml.safe_load((folder / "config.yaml").read_text()) or {}
+    return bool((config.get("model") or {}).get("quantisation"))
+
+
 def load_whole(module: nn.Module, path: Path) -> None:
-    """Copy a part's weights into place after comparing every name and shape."""
-    load_tensors(dict(module.named_parameters()), path)
+    """Copy a part's weights into place after comparing every name and shape; into four bits where it is quantised."""
+    saved = load_file(str(path))
+    if is_quantised(module):
+        saved = fill(module, saved)
+    elif any("bitsandbytes__" in name for name in saved):
+        raise ValueError(f"{path} holds 4-bit weights: keep model.quantisation nf4 for this stage")
+    own: dict[str, torch.Tensor] = {
+        name: parameter for name, parameter in module.named_parameters() if not is_4bit(parameter)
+    }
+    fill_tensors(own, saved, path)

@@ -26,7 +26,11 @@ def load_tensors(own: dict[str, torch.Tensor], path: Path) -> None:
     Raises:
         ValueError: names or shapes differ; names them.
     """
-    saved = load_file(str(path))
+    fill_tensors(own, load_file(str(path)), path)
+
+
+def fill_tensors(own: dict[str, torch.Tensor], saved: dict[str, torch.Tensor], path: Path) -> None:
+    """The same with what was read from `path`."""
     wrong = [f"{name}: not in the file" for name in own.keys() - saved.keys()]
     wrong += [f"{name}: not in the model" for name in saved.keys() - own.keys()]
     wrong += [

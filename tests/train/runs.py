@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,13 @@ from mllm.data.formats.llava import LlavaSource
 from mllm.data.index import build_index
 from mllm.data.loader import DataConfig
 from mllm.models.multimodal import MultimodalLM
+from mllm.train import zero
 from mllm.train.loop import fit, make_plan
 from mllm.train.settings import TrainConfig
 from mllm.train.trainable import LearningRates, Lora, choose_trainable
 
 SEQ_LENGTH = 96
+DEEPSPEED = Path(__file__).parents[2] / "deepspeed_configs"
 
 
 def settings(folder: Path, **changes: Any) -> TrainConfig:
@@ -88,6 +91,36 @@ def as_rank(rank: int, port: int, function: Callable[..., None], *arguments: obj
     function(rank, *arguments)
 
 
+def start_engine(engine: str, threshold: int = 0) -> Accelerator:
+    """An accelerator as `accelerate launch` and the recipes make it: `ddp`, or a DeepSpeed file of the repository, by
+    its name. Under stage 3 no weight is too small to be sharded."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    if engine == "ddp":
+        return Accelerator(cpu=True)
+    config = json.loads((DEEPSPEED / f"{engine}.json").read_text())
+    if "stage3_param_persistence_threshold" in config["zero_optimization"]:
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = threshold
+    with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as file:
+        json.dump(config, file)
+    os.environ.update(DS_ACCELERATOR="cpu", ACCELERATE_USE_DEEPSPEED="true")
+    os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = file.name
+    accelerator = Accelerator(kwargs_handlers=zero.process_group())
+    zero.confirm(accelerator)
+    zero.build_whole()
+    return accelerator
+
+
 LORA = {"lora": Lora(rank=4, alpha=8), "learning_rate": LearningRates(connector=1e-2, llm=1e-2)}
 
-__all__ = ["LORA", "chosen_model", "metrics", "on_two_ranks", "run", "settings", "weights", "write_llava"]
+__all__ = [
+    "LORA",
+    "chosen_model",
+    "metrics",
+    "on_two_ranks",
+    "run",
+    "settings",
+    "start_engine",
+    "weights",
+    "write_llava",
+]
