@@ -15,11 +15,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from mllm.models.connectors.pixel_shuffle import Shuffle
+from mllm.models.fused_encoder import FusedEncoder
 from mllm.models.multimodal import MultimodalLM
+from mllm.models.vision_encoder import VisionEncoder
 
 ACTIVATIONS = {"GELU": "gelu", "SiLU": "silu", "ReLU": "relu", "Tanh": "tanh"}
 """torch's module -> the name that transformers' configs use."""
@@ -59,7 +60,11 @@ def connector_obstacles(model: MultimodalLM) -> list[str]:
         return ["no stock class has a pixel shuffle without a norm between encoder and connector"]
     if isinstance(connector, nn.Sequential) and all(isinstance(m, nn.Linear | nn.GELU) for m in connector):
         return [f"a connector of {sum(isinstance(m, nn.Linear) for m in connector)} linear layers: Llava has two"]
-    return [f"no stock class has a {type(connector).__name__} behind a {model.vision_encoder.model.config.model_type}"]
+    return [f"no stock class has a {type(connector).__name__} behind {name_of(model.vision_encoder)}"]
+
+
+def name_of(encoder: VisionEncoder | FusedEncoder) -> str:
+    return "several encoders" if isinstance(encoder, FusedEncoder) else f"a {encoder.model.config.model_type}"
 
 
 def is_llava_projector(connector: nn.Module) -> bool:
@@ -84,20 +89,18 @@ def linear_fits_twice(connector: nn.Linear) -> bool:
 
 
 def encoder_obstacles(model: MultimodalLM) -> list[str]:
+    if isinstance(model.vision_encoder, FusedEncoder):
+        return ["several encoders side by side: no stock class has that"]
+    if model.vision_encoder.model.config.model_type == "siglip2_vision_model":
+        return ["SigLIP2 NaFlex reads patches and the shape of their grid: Llava hands in pictures"]
     prefix = prefix_tokens(model)
     return [f"{prefix} class and register tokens: Llava drops one at most"] if prefix > 1 else []
 
 
-@torch.no_grad()
 def prefix_tokens(model: MultimodalLM) -> int:
-    """Class and register tokens in front of the patches; one blank image tells (its shape alone, on meta)."""
-    encoder = model.vision_encoder
-    side = encoder.model.config.image_size
-    place = next(encoder.model.parameters())
-    encoder.model(pixel_values=torch.zeros(1, 3, side, side, device=place.device, dtype=place.dtype))
-    assert encoder._features is not None
-    features, encoder._features = encoder._features, None
-    return int(features.shape[1]) - encoder.num_patches
+    """Class and register tokens in front of the patches."""
+    assert isinstance(model.vision_encoder, VisionEncoder)
+    return model.vision_encoder.num_prefix_tokens
 
 
 def head_obstacles(llm: Any) -> list[str]:

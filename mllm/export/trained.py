@@ -37,7 +37,7 @@ class Trained:
 
     def vision_model(self) -> Any:
         """The encoder with all of its layers: ours is cut off behind the tap, stock classes expect the whole."""
-        whole = load_vision_model(replace(self.parts, dtype="float32"))
+        whole = load_vision_model(replace(self.parts, dtype="float32"), self.parts.encoders()[0])
         whole.load_state_dict(self.model.vision_encoder.model.state_dict(), strict=False)
         return whole
 

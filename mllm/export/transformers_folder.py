@@ -40,7 +40,7 @@ def write_files(trained: Trained, folder: Path, dtype: torch.dtype) -> Home:
     write_model(folder, config, llava.tensors(trained), dtype)
     write_generation_config(trained, folder)
     strategy = config["vision_feature_select_strategy"]
-    patch_size = trained.model.vision_encoder.model.config.patch_size
+    patch_size = trained.model.vision_encoder.grid.patch
     processor_files.write(trained.processor, folder, trained.parts.llm, patch_size, strategy)
     return home
 

@@ -11,6 +11,8 @@ N images, P patches, Dv width of the features, H W pixels.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
@@ -23,7 +25,7 @@ class FusedEncoder(nn.Module):
 
     def __init__(self, encoders: list[VisionEncoder]) -> None:
         super().__init__()
-        self.model = nn.ModuleList(encoders)  # what peft may wrap, and then cannot be walked through
+        self.model: Any = nn.ModuleList(encoders)  # what peft may wrap, and then cannot be walked through
         self.encoders = tuple(encoders)
         self.grid, self.normalisation = encoders[0].grid, encoders[0].normalisation
         self.num_patches = self.grid.num_patches
@@ -44,6 +46,10 @@ class FusedEncoder(nn.Module):
             )
         features = [encoder(resized(pixel_values, encoder.grid.side)) for encoder in self.encoders]
         return torch.cat(features, dim=-1)  # [N, P, Dv]
+
+    def normalised(self, pixel_values: Tensor) -> Tensor:
+        """[N, 3, H, W] float32 of uint8, as the first encoder wants it."""
+        return self.encoders[0].normalised(pixel_values)
 
     def freeze_behind_tap(self) -> None:
         """As of one encoder."""

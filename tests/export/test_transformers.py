@@ -33,6 +33,7 @@ LLAVA = {
     "siglip-qwen2-tied-lora": ({"encoder": "siglip", "llm": "qwen2"}, {"lora": True}),
     "vit-qwen3": ({"encoder": "vit", "llm": "qwen3"}, {}),
     "dinov2-last-layer": ({"encoder": "dinov2"}, {"feature_layer": -1}),
+    "clip-two-layers": ({}, {"feature_layer": [-2, 1]}),
     "clip-neox": ({"llm": "gpt_neox"}, {}),
     "linear-wide-llm": ({"hidden_size": 64, "head_dim": 16}, {"connector": LinearConnector()}),
     "linear-narrow-llm": ({}, {"connector": LinearConnector()}),
