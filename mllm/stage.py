@@ -27,15 +27,15 @@ from mllm.data.streams.batches import open_stream
 from mllm.data.streams.plan import StreamPlan
 from mllm.data.streams.reader import Stream
 from mllm.models.attention import check_isolation
-from mllm.models.build import check_llm, named, visual_tokens_per_image
+from mllm.models.build import build_model, check_llm, named, visual_tokens_per_image
 from mllm.models.multimodal import MultimodalLM
 from mllm.quiet import quiet_libraries
-from mllm.train import trackers, zero
+from mllm.train import engine, trackers
 from mllm.train.checkpoint import checkpoints
 from mllm.train.ledger import Quarantine
 from mllm.train.loop import deal, make_plan, num_steps
 from mllm.train.preflight import preflight
-from mllm.train.stage_folder import FINISHED, save_stage
+from mllm.train.stage_folder import FINISHED, needs_weights, save_stage
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -73,15 +73,14 @@ def start(config: RunConfig) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision=config.train.mixed_precision,
         gradient_accumulation_plugin=once,
-        kwargs_handlers=zero.process_group(),
+        kwargs_handlers=engine.process_group(),
     )
-    zero.confirm(accelerator)
-    zero.build_whole()
-    zero.check(accelerator, config.train)
+    engine.confirm(accelerator)
+    engine.check(accelerator, config.train, config.parts().quantisation)
     torch.manual_seed(config.train.seed)
     console(accelerator).print(dump_config(config), highlight=False, style="dim")
     # said, because a launcher may start one process where two were meant, without an error
-    console(accelerator).print(zero.describe(accelerator))
+    console(accelerator).print(engine.describe(accelerator))
     return accelerator
 
 
@@ -96,6 +95,18 @@ def build_processor(config: RunConfig) -> Processor:
         return Processor.from_hub(
             parts.llm, leading, visual_tokens, data.image_fit, data.keep_in_memory, data.jpeg_draft
         )
+
+
+def build(accelerator: Accelerator, config: RunConfig, processor: Processor) -> MultimodalLM:
+    """The model of the config. Where each rank will keep a share of the weights only, the LLM is never whole on any, if
+    its files and its adapter allow that; which of the two is said."""
+    sharded, adapter = engine.shards_weights(accelerator), needs_weights(config.init_from, config.train.lora)
+    model = build_model(config.parts(), processor.image_token_id, deferred=sharded and not adapter)
+    if sharded:
+        reason = getattr(model.llm, "whole_because", adapter)
+        how = f"whole on each rank while it is built: {reason}" if reason else "one weight at a time into the shards"
+        console(accelerator).print(f"the LLM is read {how}", highlight=False)
+    return model
 
 
 def read_data(accelerator: Accelerator, config: RunConfig, processor: Processor) -> Index | Stream:

@@ -6,8 +6,17 @@ Enters: a YAML whose `init_from` names a finished stage, and flags. Leaves: a st
 """
 
 from mllm.config import parse
-from mllm.models.build import build_model
-from mllm.stage import build_processor, check_run, close_stage, open_stage, plan_run, read_data, start, user_errors
+from mllm.stage import (
+    build,
+    build_processor,
+    check_run,
+    close_stage,
+    open_stage,
+    plan_run,
+    read_data,
+    start,
+    user_errors,
+)
 from mllm.train.loop import fit
 from mllm.train.stage_folder import load_stage
 from mllm.train.trainable import choose_trainable
@@ -18,7 +27,7 @@ def main() -> None:
     accelerator = start(config)
 
     processor = build_processor(config)
-    model = build_model(config.parts(), processor.image_token_id)
+    model = build(accelerator, config, processor)
     if config.init_from:
         load_stage(model, config.init_from)
     choose_trainable(model, config.train.learning_rate, config.train.lora, config.train.vision_lora)

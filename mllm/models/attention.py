@@ -9,6 +9,7 @@ S tokens of a row, D width of the LLM.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ def check_isolation(llm: Any) -> None:
         ValueError: they do, so rows of several samples would be learned wrongly.
     """
     table = llm.get_input_embeddings().weight
+    if table.is_meta:
+        return check_isolation(shrunk_twin(llm))
     drawn = torch.randn(1, 2 * LENGTH, table.shape[1], generator=torch.Generator().manual_seed(0))
     row = drawn.to(table.device, table.dtype).requires_grad_()  # [1, S, D]
     positions = torch.arange(LENGTH, device=table.device).repeat(2)[None]
@@ -36,4 +39,24 @@ def check_isolation(llm: Any) -> None:
         raise ValueError(
             f"{type(llm).__name__} lets packed samples see each other (it does not read position_ids that restart): "
             f"set data.packing to false, or take another LLM"
+        )
+
+
+def shrunk_twin(llm: Any) -> Any:
+    """An LLM of the same config, drawn at random and without its many layers and words: of each kind of layer one."""
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(llm.config)
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None) or []
+    kept = max([2, *(kinds.index(kind) + 1 for kind in set(kinds))])
+    text.num_hidden_layers = min(kept, text.num_hidden_layers)
+    if kinds:
+        text.layer_types = kinds[:kept]
+    text.vocab_size, text.pad_token_id = 8, None  # the check looks at hidden states alone
+    if isinstance(getattr(text, "intermediate_size", None), int):
+        text.intermediate_size = 8  # in an MLP no position meets another
+    with torch.random.fork_rng():
+        return AutoModelForCausalLM.from_config(
+            config, dtype=llm.dtype, attn_implementation=config._attn_implementation
         )

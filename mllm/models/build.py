@@ -17,6 +17,7 @@ from torch import nn
 
 from mllm.image_processor import load_image_processor, square_side
 from mllm.models.connectors import ConnectorConfig, MLPConnector
+from mllm.models.deferred import CannotDefer, deferred_llm
 from mllm.models.fused_encoder import FusedEncoder
 from mllm.models.multimodal import MultimodalLM
 from mllm.models.quantised import check_installed, keep_layout, quantisation_config, quantise
@@ -86,14 +87,15 @@ def check_llm(config: ModelConfig) -> None:
         AutoConfig.from_pretrained(config.llm)
 
 
-def build_model(config: ModelConfig, image_token_id: int) -> MultimodalLM:
-    """Read both frozen parts, draw a fresh connector between them.
+def build_model(config: ModelConfig, image_token_id: int, deferred: bool = False) -> MultimodalLM:
+    """Read both frozen parts, draw a fresh connector between them. Where the LLM is `deferred` its weights are read by
+    whoever needs them, one at a time (`models/deferred.py`), if its files allow it.
 
     Raises:
         ValueError: an id or folder holds no such model.
     """
     encoder = build_encoder(config)
-    llm = load_llm(config)
+    llm = load_llm(config, deferred)
     connector = config.connector.build(encoder.width, llm.get_input_embeddings().embedding_dim, encoder.num_patches)
     model = MultimodalLM(encoder, connector, llm, image_token_id)
     return model.requires_grad_(False)
@@ -131,14 +133,24 @@ def read_image_processor(name: str) -> tuple[Normalisation | None, int | None]:
     return Normalisation.of(found), square_side(found)
 
 
-def load_llm(config: ModelConfig) -> Any:
-    """The causal LLM with the attention kernel of the config."""
+def load_llm(config: ModelConfig, deferred: bool = False) -> Any:
+    """The causal LLM with the attention kernel of the config. One that cannot be deferred is read whole, and says so
+    in `whole_because`."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if config.quantisation:
         check_installed()
     with named("LLM", config.llm):
         dtype = getattr(torch, config.dtype)
+        if deferred:
+            try:
+                if config.quantisation:
+                    raise CannotDefer("model.quantisation packs whole weights")
+                return deferred_llm(config.llm, dtype, config.attention, config.random_weights)
+            except CannotDefer as reason:
+                llm = load_llm(config)
+                llm.whole_because = str(reason)
+                return llm
         options: dict[str, Any] = {"dtype": dtype, "attn_implementation": config.attention}
         if config.random_weights:
             drawn = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.llm), **options)

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from mllm.models.deferred import is_deferred, merge_deferred, stand_ins
 from mllm.models.multimodal import MultimodalLM
 from mllm.models.quantised import dequantise, is_quantised
 from mllm.models.vision_encoder import layer_list
@@ -65,7 +66,8 @@ def attach_lora(model: MultimodalLM, lora: Lora, name: str = "llm") -> None:
         use_rslora=lora.rslora,
         target_modules=lora.targets or ("all-linear" if name == "llm" else sorted(chosen)),
     )
-    put(model, name, get_peft_model(part, config))
+    with stand_ins(part):
+        put(model, name, get_peft_model(part, config))
 
 
 def merge_lora(model: MultimodalLM) -> None:
@@ -81,7 +83,7 @@ def merge_adapter(model: MultimodalLM, name: str) -> None:
         return
     if is_quantised(part):
         part = on_dequantised(part)
-    put(model, name, part.merge_and_unload())
+    put(model, name, merge_deferred(part) if is_deferred(part) else part.merge_and_unload())
     getattr(model, name).differs_from_hub = True
 
 

@@ -10,6 +10,7 @@ first backward pass.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,7 +27,7 @@ from mllm.data.streams.plan import StreamPlan
 from mllm.data.streams.reader import Stream
 from mllm.models.feature_cache import FeatureCache
 from mllm.models.multimodal import MultimodalLM
-from mllm.train import zero
+from mllm.train import engine, zero
 from mllm.train.checkpoint import load_optimizer, load_weights, newest_state, save_checkpoint
 from mllm.train.clock import make_clock
 from mllm.train.ledger import Ledger
@@ -99,20 +100,19 @@ def fit(
     Raises:
         ValueError: the rows of a step cannot be dealt to the ranks; too many samples turn out unreadable.
     """
-    zero.check(accelerator, train)
+    engine.check(accelerator, train)
     dataset = deal(accelerator, index, plan, processor, train)
     if train.gradient_checkpointing:
         model.llm.gradient_checkpointing_enable({"use_reentrant": False})
     set_mode(model)
     model.feature_cache = make_cache(train)
     groups = parameter_groups(model, train.learning_rate, train.weight_decay)
-    trained = [parameter for group in groups for parameter in group["params"]]
-    optimizer = make_optimizer(groups, train.optimizer)
     name = fingerprint(index, plan)
     first_step = load_weights(train.output_dir, model, name) if resume else 0
     clock = make_clock(model, accelerator.device, train.mixed_precision == "bf16")
     zero.settle(accelerator, train, dataset.accumulation)
-    objective, optimizer = accelerator.prepare(zero.shard(accelerator, NextToken(model)), optimizer)
+    make = partial(make_optimizer, name=train.optimizer)
+    objective, optimizer, trained = engine.prepare(accelerator, NextToken(model), groups, make)
     if first_step:
         load_optimizer(train.output_dir, optimizer, trained)
     last_step = num_steps(plan, train)

@@ -1,4 +1,4 @@
-"""Whole tensors of a model and an optimiser that DeepSpeed has cut into shards, and back.
+"""Whole tensors of a model and an optimiser that DeepSpeed or FSDP2 has cut into shards, and back.
 
 Enters: parameters, an optimiser. Leaves: tensors as one process would hold them, so that what is saved does not
 depend on how many ranks there were. Every rank must call each of these: the shards come from all of them.
@@ -22,12 +22,37 @@ def whole(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
 
 
 def put_together(tensor: Tensor, keep: bool) -> Tensor | None:
+    if hasattr(tensor, "full_tensor"):  # FSDP2's
+        found = tensor.detach().full_tensor()  # type: ignore[attr-defined]
+        return found.cpu() if keep else None
     if not hasattr(tensor, "ds_id"):  # DeepSpeed's mark on what stage 3 has cut up
         return tensor.detach().cpu() if keep else None
     import deepspeed
 
     with deepspeed.zero.GatheredParameters([tensor]):
         return tensor.detach().cpu().clone() if keep else None
+
+
+def put_all_together(state: Any, keep: bool) -> Any:
+    """The same state with whole tensors; an empty one where `keep` is False."""
+    if isinstance(state, dict):
+        return {key: put_all_together(value, keep) for key, value in state.items()}
+    return put_together(state, keep) if isinstance(state, Tensor) and hasattr(state, "full_tensor") else state
+
+
+def cut_up(state: Any, parameter: nn.Parameter) -> Any:
+    """The state of one parameter, its tensors in shards where the parameter is (FSDP2)."""
+    if not hasattr(parameter, "full_tensor"):
+        return state
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
+    return {
+        key: distribute_tensor(value.to(mesh.device_type), mesh, placements)
+        if value.shape == parameter.shape
+        else value
+        for key, value in state.items()
+    }
 
 
 def is_sharded(optimizer: torch.optim.Optimizer) -> bool:
@@ -40,7 +65,7 @@ def is_sharded(optimizer: torch.optim.Optimizer) -> bool:
 def moments(optimizer: torch.optim.Optimizer, trained: list[nn.Parameter], step: int, keep: bool) -> dict[str, Any]:
     """The state of the optimiser in torch's layout, parameters numbered in the order of its groups."""
     if not is_sharded(optimizer):
-        return optimizer.state_dict()
+        return put_all_together(optimizer.state_dict(), keep)
     from deepspeed.utils import safe_get_full_optimizer_state
 
     link(optimizer.optimizer)  # type: ignore[attr-defined]
@@ -56,6 +81,7 @@ def load_moments(optimizer: torch.optim.Optimizer, trained: list[nn.Parameter], 
     """Give the optimiser what `moments` read, by whichever number of ranks it was written."""
     if not is_sharded(optimizer):
         groups = optimizer.state_dict()["param_groups"]  # rates and decay are the config's, not the checkpoint's
+        state = {number: cut_up(own, trained[number]) for number, own in state.items()}
         return optimizer.load_state_dict({"state": state, "param_groups": groups})
     zero = optimizer.optimizer  # type: ignore[attr-defined]
     make_room(zero, step=float(state[0]["step"]))

@@ -8,6 +8,7 @@ one writes.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,12 +17,13 @@ import yaml
 from safetensors.torch import load_file
 from torch import nn
 
+from mllm.models.deferred import is_deferred, stand_ins
 from mllm.models.multimodal import MultimodalLM
 from mllm.models.quantised import fill, is_4bit, is_quantised, packed_parts, round_to_4bit
-from mllm.train.adapters import is_adapted, put, wrapped
+from mllm.train.adapters import Lora, is_adapted, put, wrapped
 from mllm.train.scales import plain
 from mllm.train.shards import whole
-from mllm.train.tensors import fill_tensors, save_tensors
+from mllm.train.tensors import fill_tensors, load_tensors, save_tensors
 
 if TYPE_CHECKING:
     from mllm.data.processor import Processor
@@ -88,7 +90,8 @@ def load_stage(model: MultimodalLM, folder: Path) -> None:
         if (folder / adapter).is_dir():
             from peft import PeftModel
 
-            put(model, name, PeftModel.from_pretrained(wrapped(model, name), str(folder / adapter)))
+            with stand_ins(wrapped(model, name)):
+                put(model, name, PeftModel.from_pretrained(wrapped(model, name), str(folder / adapter)))
 
 
 def was_quantised(folder: Path) -> bool:
@@ -97,8 +100,22 @@ def was_quantised(folder: Path) -> bool:
     return bool((config.get("model") or {}).get("quantisation"))
 
 
+def needs_weights(folder: Path | None, lora: Lora | None) -> str | None:
+    """Why what an earlier stage left, or a new adapter, cannot be laid on an LLM whose weights are not read yet; None
+    where it can."""
+    earlier = folder / ADAPTERS["llm"] / "adapter_config.json" if folder else None
+    found = earlier is not None and earlier.is_file()
+    if (lora and lora.dora) or (found and json.loads(earlier.read_text()).get("use_dora")):  # type: ignore[union-attr]
+        return "DoRA measures its weights"
+    if folder and found and was_quantised(folder):
+        return "the earlier stage's adapter was trained on 4-bit weights"
+    return None
+
+
 def load_whole(module: nn.Module, path: Path) -> None:
     """Copy a part's weights into place after comparing every name and shape; into four bits where it is quantised."""
+    if is_deferred(module):
+        return load_tensors(dict(module.named_parameters()), path)
     saved = load_file(str(path))
     if is_quantised(module):
         saved = fill(module, saved)

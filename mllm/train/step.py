@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from mllm.train import zero
+from mllm.train import engine, zero
 from mllm.train.losses import Reduction, model_inputs, weight_sum
 from mllm.train.sums import Sums
 from mllm.types import Batch
@@ -55,10 +55,10 @@ def optimise(
             zero.backward(accelerator, loss * scale, is_last)
         sums.add(batch, loss, losses)
     # DeepSpeed has clipped and stepped by now: it tells the norm, and the next two lines do nothing
-    grad_norm = accelerator.clip_grad_norm_(objective.parameters(), max_grad_norm or math.inf)
+    grad_norm = engine.clip(accelerator, objective, max_grad_norm or math.inf)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return {**sums.over_ranks(accelerator, total), "grad_norm": float(grad_norm)}
+    return {**sums.over_ranks(accelerator, total), "grad_norm": grad_norm}
 
 
 def forward(

@@ -11,10 +11,13 @@ ones among them; in stages 1 and 2 each rank holds all weights.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+from mllm.models.deferred import materialise
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -64,11 +67,8 @@ def confirm(accelerator: Accelerator) -> None:
 
 
 def build_whole() -> None:
-    """Let models be built whole by each process, in the computer's memory, also for stage 3: `shard` cuts them.
-
-    transformers would build them in shards; what is done to a model before it trains (LoRA, the weights of an earlier
-    stage, the check of its attention) needs it whole.
-    """
+    """Keep transformers from building models in shards for stage 3: `shard` cuts them, when LoRA, the weights of an
+    earlier stage and what trains are settled. Until then an LLM is whole, or deferred (`models/deferred.py`)."""
     if not requested():
         return
     from transformers.integrations import unset_hf_deepspeed_config
@@ -80,30 +80,6 @@ def stage(accelerator: Accelerator) -> int:
     """1, 2 or 3; 0 where DeepSpeed does not run."""
     plugin = accelerator.state.deepspeed_plugin
     return int(plugin.zero_stage) if plugin else 0
-
-
-def describe(accelerator: Accelerator) -> str:
-    """What runs, in words."""
-    ranks = f"ranks: {accelerator.num_processes}, on {accelerator.device.type}"
-    return f"{ranks}, DeepSpeed ZeRO stage {stage(accelerator)}" if stage(accelerator) else ranks
-
-
-def check(accelerator: Accelerator, train: TrainConfig) -> None:
-    """Stop where ZeRO would change what a setting means.
-
-    Raises:
-        ValueError: names the setting and what to do.
-    """
-    if stage(accelerator) and train.optimizer == "muon":
-        raise ValueError(
-            "train.optimizer muon steps whole matrices, and DeepSpeed cuts them into flat shards: "
-            "use adamw, or launch without DeepSpeed"
-        )
-    if stage(accelerator) == 3 and train.feature_cache:
-        raise ValueError(
-            "train.feature_cache under ZeRO stage 3: the encoder is sharded, and a rank that has all its images in "
-            "the cache would not take part when the others put it together: use stage 2, or leave the cache out"
-        )
 
 
 def settle(accelerator: Accelerator, train: TrainConfig, accumulation: int) -> None:
@@ -127,16 +103,24 @@ def settle(accelerator: Accelerator, train: TrainConfig, accumulation: int) -> N
     }
 
 
-def shard(accelerator: Accelerator, module: nn.Module) -> nn.Module:
+def shard(accelerator: Accelerator, module: nn.Module) -> None:
     """For stage 3, leave on this rank's device its share of each weight, one weight at a time. The engine would first
-    put the whole model on every device."""
-    if stage(accelerator) == 3:
-        import deepspeed
+    put the whole model on every device. A deferred weight is read when its turn comes, by the first rank: DeepSpeed
+    sends the others what that one has."""
+    import deepspeed
 
-        deepspeed.zero.Init(module=module, config_dict_or_path=accelerator.state.deepspeed_plugin.deepspeed_config)
-        for buffer in module.buffers():
-            buffer.data = buffer.data.to(accelerator.device)
-    return module
+    weights = list(module.parameters())
+
+    def one_at_a_time(recurse: bool = True) -> Iterator[nn.Parameter]:
+        for weight in weights:
+            materialise(weight, values=accelerator.is_main_process)
+            yield weight
+
+    module.parameters = one_at_a_time  # type: ignore[method-assign]  # what DeepSpeed goes through
+    deepspeed.zero.Init(module=module, config_dict_or_path=accelerator.state.deepspeed_plugin.deepspeed_config)
+    del module.parameters
+    for buffer in module.buffers():
+        buffer.data = buffer.data.to(accelerator.device)
 
 
 def backward(accelerator: Accelerator, loss: torch.Tensor, is_last: bool) -> None:

@@ -10,9 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
 from torch.multiprocessing import start_processes
 
 from conftest import make_model, make_processor, write_llava
@@ -72,6 +74,22 @@ def weights(model: MultimodalLM) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
+def stage_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All that a stage folder holds, by file and name."""
+    files = sorted(path for path in folder.rglob("*.safetensors") if "checkpoints" not in path.parts)
+    return {f"{path.name}:{name}": tensor for path in files for name, tensor in load_file(path).items()}
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """The same losses and the same stage, but for the order in which ranks add."""
+    for ours, theirs in zip(metrics(one), metrics(other), strict=True):
+        assert theirs == pytest.approx(ours, rel=1e-5)
+    expected, found = stage_tensors(one), stage_tensors(other)
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
 def on_two_ranks(function: Callable[..., None], *arguments: object) -> None:
     """`function(rank, *arguments)` in two processes that know of each other; forked, so that nothing is imported
     twice."""
@@ -115,11 +133,13 @@ LORA = {"lora": Lora(rank=4, alpha=8), "learning_rate": LearningRates(connector=
 
 __all__ = [
     "LORA",
+    "assert_same_run",
     "chosen_model",
     "metrics",
     "on_two_ranks",
     "run",
     "settings",
+    "stage_tensors",
     "start_engine",
     "weights",
     "write_llava",

@@ -6,7 +6,6 @@ Two ranks are forked for each engine and do all its runs; the tests compare what
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,21 +15,20 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
-from safetensors.torch import load_file
 
 from conftest import make_processor
+from engines import CONFIGS, config_that_shards_all, start
 from mllm.models.multimodal import MultimodalLM
+from mllm.train import engine as engines
 from mllm.train import zero
 from mllm.train.settings import TrainConfig
 from mllm.train.stage_folder import save_stage
 from mllm.train.trainable import LearningRates
-from runs import LORA, chosen_model, metrics, on_two_ranks, run, settings, write_llava
+from runs import LORA, assert_same_run, chosen_model, metrics, on_two_ranks, run, settings, stage_tensors, write_llava
 
 pytest.importorskip("deepspeed", reason="deepspeed is not installed: pip install 'mllm[deepspeed]'")
 pytestmark = pytest.mark.recipe
 
-CONFIGS = Path(__file__).parents[2] / "deepspeed_configs"
 WHAT: dict[str, dict[str, Any]] = {
     "align": {},
     "lora": LORA,
@@ -75,7 +73,6 @@ def at_step_2(source: Path, target: Path) -> Path:
 
 def on_rank(rank: int, engine: str, data: Path, folder: Path) -> None:
     """One of two processes: each run, each run resumed, and what one process began."""
-    os.environ["DS_ACCELERATOR"] = "cpu"
     for what in RUNS[engine]:
         begun = {f"{what}-resumed": folder / engine / what, f"{what}-from-one": folder / "one" / what}
         for name in [what] if what == "bf16" else [what, *begun]:
@@ -103,27 +100,6 @@ def what_ran(accelerator: Accelerator, model: MultimodalLM) -> dict[str, Any]:
     }
 
 
-def start(engine: str, folder: Path, precision: str) -> Accelerator:
-    """An accelerator as `accelerate launch` and the recipes make it; never another engine in silence."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    if engine == "ddp":
-        return Accelerator(mixed_precision=precision, cpu=True)
-    os.environ.update(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_CONFIG_FILE=str(folder / f"{engine}.json"))
-    accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=zero.process_group())
-    zero.confirm(accelerator)
-    zero.build_whole()
-    return accelerator
-
-
-def config_that_shards_all(engine: str) -> str:
-    """The repository's own file, but no weight is too small to be sharded."""
-    config = json.loads((CONFIGS / f"{engine}.json").read_text())
-    if "stage3_param_persistence_threshold" in config["zero_optimization"]:
-        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    return json.dumps(config)
-
-
 def with_text_only(path: Path) -> Path:
     """Take the picture from two records of three: some micro-batches have none on one rank, and one on the other."""
     records = json.loads(path.read_text())
@@ -149,20 +125,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (folder / f"{engine}.json").write_text(config_that_shards_all(engine))
         on_two_ranks(on_rank, engine, data, folder)
     return folder
-
-
-def stage_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    files = sorted(path for path in folder.rglob("*.safetensors") if "checkpoints" not in path.parts)
-    return {f"{path.name}:{name}": tensor for path in files for name, tensor in load_file(path).items()}
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    for ours, theirs in zip(metrics(one), metrics(other), strict=True):
-        assert theirs == pytest.approx(ours, rel=1e-5)
-    expected, found = stage_tensors(one), stage_tensors(other)
-    assert expected.keys() == found.keys()
-    for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
 STAGE_3 = {"optimizer": "DeepSpeedZeroOptimizer_Stage3", "partitioned gradients": True, "sharded weights": 1.0}
@@ -239,14 +201,14 @@ def accelerator_of(stage: int) -> Any:
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_muon_is_refused_where_its_matrices_would_be_cut_up(stage: int, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="use adamw, or launch without DeepSpeed"):
-        zero.check(accelerator_of(stage), settings(tmp_path, optimizer="muon"))
+        engines.check(accelerator_of(stage), settings(tmp_path, optimizer="muon"))
 
 
 def test_feature_cache_is_refused_where_the_encoder_is_sharded_and_only_there(tmp_path: Path) -> None:
     cached = settings(tmp_path, feature_cache=1.0)
-    zero.check(accelerator_of(2), cached)
-    with pytest.raises(ValueError, match="use stage 2, or leave the cache out"):
-        zero.check(accelerator_of(3), cached)
+    engines.check(accelerator_of(2), cached)
+    with pytest.raises(ValueError, match="use ZeRO stage 2, or leave the cache out"):
+        engines.check(accelerator_of(3), cached)
 
 
 def test_ddp_in_the_place_of_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
