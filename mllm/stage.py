@@ -30,7 +30,7 @@ from mllm.models.attention import check_isolation
 from mllm.models.build import build_model, check_llm, named, visual_tokens_per_image
 from mllm.models.multimodal import MultimodalLM
 from mllm.quiet import quiet_libraries
-from mllm.train import engine, trackers
+from mllm.train import checkpointing, engine, trackers
 from mllm.train.checkpoint import checkpoints
 from mllm.train.ledger import Quarantine
 from mllm.train.loop import deal, make_plan, num_steps
@@ -146,6 +146,8 @@ def check_run(
     with console(accelerator).status("counting the steps"):
         steps = num_steps(plan, config.train)
     preflight(console(accelerator), model, config.train.learning_rate, index, plan, processor, steps)
+    for words in checkpointing.advice(model, config.train.gradient_checkpointing):
+        console(accelerator).print(f"[bold yellow]warning[/]: {words}")
 
 
 def open_stage(accelerator: Accelerator, config: RunConfig, index: Index | Stream) -> None:

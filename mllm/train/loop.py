@@ -27,7 +27,7 @@ from mllm.data.streams.plan import StreamPlan
 from mllm.data.streams.reader import Stream
 from mllm.models.feature_cache import FeatureCache
 from mllm.models.multimodal import MultimodalLM
-from mllm.train import engine, zero
+from mllm.train import checkpointing, engine, zero
 from mllm.train.checkpoint import load_optimizer, load_weights, newest_state, save_checkpoint
 from mllm.train.clock import make_clock
 from mllm.train.ledger import Ledger
@@ -102,14 +102,13 @@ def fit(
     """
     engine.check(accelerator, train)
     dataset = deal(accelerator, index, plan, processor, train)
-    if train.gradient_checkpointing:
-        model.llm.gradient_checkpointing_enable({"use_reentrant": False})
+    clock = make_clock(model, accelerator.device, train.mixed_precision == "bf16")
+    checkpointing.switch_on(model, train.gradient_checkpointing)
     set_mode(model)
     model.feature_cache = make_cache(train)
     groups = parameter_groups(model, train.learning_rate, train.weight_decay)
     name = fingerprint(index, plan)
     first_step = load_weights(train.output_dir, model, name) if resume else 0
-    clock = make_clock(model, accelerator.device, train.mixed_precision == "bf16")
     zero.settle(accelerator, train, dataset.accumulation)
     make = partial(make_optimizer, name=train.optimizer)
     objective, optimizer, trained = engine.prepare(accelerator, NextToken(model), groups, make)

@@ -11,6 +11,7 @@ from typing import Literal
 
 from mllm.schema import Fraction, NotNegative, Positive, Schema
 from mllm.train.adapters import Lora
+from mllm.train.checkpointing import Checkpointing
 from mllm.train.losses import Reduction
 from mllm.train.optimizer import OptimizerName
 from mllm.train.schedule import Schedule
@@ -50,8 +51,9 @@ class TrainConfig(Schema):
     """Longer gradients are scaled down to this; 0 leaves them as they are."""
     mixed_precision: Literal["no", "bf16"] = "no"
     """Of the computation; what trains is kept in float32."""
-    gradient_checkpointing: bool = False
-    """Recompute the LLM's layers in the backward pass: less memory, up to a third slower."""
+    gradient_checkpointing: Checkpointing = False
+    """Recompute layers in the backward pass: less memory, up to a third slower. `true`: those of the LLM; or a list of
+    `llm`, `connector`, `vision_encoder`."""
     feature_cache: NotNegative = 0
     """Gigabytes of memory for features of the frozen encoder, which then sees each image once; 0 keeps none."""
     log_every: Positive | None = None
@@ -66,3 +68,7 @@ class TrainConfig(Schema):
     save_every: Positive | None = None
     """Steps between checkpoints; none where it is not set."""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.gradient_checkpointing == []:  # the flag without a value, as tyro reads it; a YAML's is refused
+            self.gradient_checkpointing = True
