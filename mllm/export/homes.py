@@ -20,7 +20,6 @@ from torch import nn
 from mllm.models.connectors.pixel_shuffle import Shuffle
 from mllm.models.fused_encoder import FusedEncoder
 from mllm.models.multimodal import MultimodalLM
-from mllm.models.vision_encoder import VisionEncoder
 
 ACTIVATIONS = {"GELU": "gelu", "SiLU": "silu", "ReLU": "relu", "Tanh": "tanh"}
 """torch's module -> the name that transformers' configs use."""
@@ -60,11 +59,7 @@ def connector_obstacles(model: MultimodalLM) -> list[str]:
         return ["no stock class has a pixel shuffle without a norm between encoder and connector"]
     if isinstance(connector, nn.Sequential) and all(isinstance(m, nn.Linear | nn.GELU) for m in connector):
         return [f"a connector of {sum(isinstance(m, nn.Linear) for m in connector)} linear layers: Llava has two"]
-    return [f"no stock class has a {type(connector).__name__} behind {name_of(model.vision_encoder)}"]
-
-
-def name_of(encoder: VisionEncoder | FusedEncoder) -> str:
-    return "several encoders" if isinstance(encoder, FusedEncoder) else f"a {encoder.model.config.model_type}"
+    return [f"no stock class has a {type(connector).__name__} behind any encoder"]
 
 
 def is_llava_projector(connector: nn.Module) -> bool:
@@ -89,18 +84,16 @@ def linear_fits_twice(connector: nn.Linear) -> bool:
 
 
 def encoder_obstacles(model: MultimodalLM) -> list[str]:
-    if isinstance(model.vision_encoder, FusedEncoder):
-        return ["several encoders side by side: no stock class has that"]
-    if model.vision_encoder.model.config.model_type == "siglip2_vision_model":
-        return ["SigLIP2 NaFlex reads patches and the shape of their grid: Llava hands in pictures"]
-    prefix = prefix_tokens(model)
-    return [f"{prefix} class and register tokens: Llava drops one at most"] if prefix > 1 else []
-
-
-def prefix_tokens(model: MultimodalLM) -> int:
-    """Class and register tokens in front of the patches."""
-    assert isinstance(model.vision_encoder, VisionEncoder)
-    return model.vision_encoder.num_prefix_tokens
+    """What stock Llava cannot do with an encoder."""
+    encoder = model.vision_encoder
+    if isinstance(encoder, FusedEncoder):
+        return [f"{len(encoder.encoders)} encoders: no stock class has more than one"]
+    found = []
+    if encoder.num_prefix_tokens > 1:
+        found.append(f"{encoder.num_prefix_tokens} class and register tokens: Llava drops one at most")
+    if encoder.model.config.model_type == "siglip2_vision_model":
+        found.append("SigLIP2 NaFlex takes patches and the shape of their grid: Llava hands it neither")
+    return found
 
 
 def head_obstacles(llm: Any) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mllm.export.homes import ACTIVATIONS, linear_fits_twice, prefix_tokens
+from mllm.export.homes import ACTIVATIONS, linear_fits_twice
 from mllm.export.layout import decoder_of, is_tied, published_names, text_config, vision_config
 from mllm.export.trained import Trained
 
@@ -30,14 +30,14 @@ def config(trained: Trained) -> dict[str, Any]:
         "vision_feature_layer": trained.parts.feature_layer,
         "vision_feature_select_strategy": select_strategy(trained),
         "tie_word_embeddings": is_tied(model.llm),
-        "vision_config": vision_config(model.vision_encoder.model),
+        "vision_config": vision_config(trained.encoder.model),
         "text_config": text_config(model.llm, vocabulary_rows(trained)),
     }
 
 
 def select_strategy(trained: Trained) -> str:
     """`default` drops a class token, `full` keeps all there is."""
-    return "default" if prefix_tokens(trained.model) else "full"
+    return "default" if trained.encoder.num_prefix_tokens else "full"
 
 
 def tensors(trained: Trained) -> dict[str, Tensor]:

@@ -22,10 +22,12 @@ LOADS_FILES = ("CLIPImageProcessor", "SiglipImageProcessor")
 """Image processors that in 4.57 take what a chat template hands them: names of files."""
 
 
-def write(processor: Processor, folder: Path, llm: str, patch_size: int, select_strategy: str) -> None:
-    """All files of the processor. `llm` names where the tokenizer came from."""
+def write(
+    processor: Processor, folder: Path, llm: str, patch_size: int, select_strategy: str, as_bytes: bool = False
+) -> None:
+    """All files of the processor. `llm` names where the tokenizer came from; `as_bytes`: pixels stay uint8."""
     write_tokenizer(processor.tokenizer, folder, original_class(llm))
-    write_image_processor(processor, folder)
+    write_image_processor(processor, folder, as_bytes)
     counting = {"patch_size": patch_size, "vision_feature_select_strategy": select_strategy}
     counting["num_additional_image_tokens"] = additional_tokens(processor, patch_size, select_strategy)
     facts = {"processor_class": "LlavaProcessor", "image_token": IMAGE_TOKEN, **counting}
@@ -77,7 +79,7 @@ def adds_tokens_of_its_own(tokenizer: Any) -> bool:
     return adds and not (tokenizer.bos_token and prompt.startswith(tokenizer.bos_token))
 
 
-def write_image_processor(processor: Processor, folder: Path) -> None:
+def write_image_processor(processor: Processor, folder: Path, as_bytes: bool) -> None:
     """`preprocessor_config.json`: the encoder's own, padding first where training padded.
 
     A `crop_size` is written also where nothing is cropped (SigLIP): vLLM's Transformers backend counts tokens by it.
@@ -93,6 +95,8 @@ def write_image_processor(processor: Processor, folder: Path) -> None:
         config["do_center_crop"] = False
     if processor.image_fit == "pad":
         config |= {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
+    if as_bytes:
+        config |= {"do_rescale": False, "do_normalize": False}
     config["processor_class"] = "LlavaProcessor"
     write_json(path, config)
 

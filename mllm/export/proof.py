@@ -92,7 +92,7 @@ def write_reference(trained: Trained, folder: Path, dtype: torch.dtype) -> None:
         inputs = assistant.inputs([prompt])
         tensors[f"{number}/logits"] = trained.model.llm(**inputs).logits[0].float().contiguous()
         if sample.images:
-            tensors[f"{number}/pixel_values"] = trained.model.vision_encoder.normalised(prompt.pixel_values)
+            tensors[f"{number}/pixel_values"] = trained.exported_pixels(prompt.pixel_values)
         told.append(
             {
                 "messages": as_parts(sample),

@@ -10,12 +10,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from mllm.config import RunConfig, load_config, stage_config
 from mllm.data.processor import Processor
 from mllm.generate import find_folder
 from mllm.models.build import ModelConfig, build_model, load_vision_model
+from mllm.models.fused_encoder import FusedEncoder
 from mllm.models.multimodal import MultimodalLM
 from mllm.models.quantised import dequantise, is_quantised
+from mllm.models.vision_encoder import VisionEncoder
 from mllm.train.adapters import merge_lora
 from mllm.train.stage_folder import load_stage
 
@@ -35,10 +39,27 @@ class Trained:
     def llm_config(self) -> Any:
         return self.model.llm.config
 
+    @property
+    def encoder(self) -> VisionEncoder:
+        """The one vision encoder."""
+        assert isinstance(self.model.vision_encoder, VisionEncoder), "several encoders have no stock class"
+        return self.model.vision_encoder
+
+    @property
+    def takes_bytes(self) -> bool:
+        """Several encoders that normalise differently: each does it itself, from the same uint8 pixels."""
+        encoder = self.model.vision_encoder
+        return isinstance(encoder, FusedEncoder) and not encoder.alike
+
+    def exported_pixels(self, pixels: Tensor) -> Tensor:
+        """[N, 3, H, W] as ours -> as a stock image processor makes them, normalised unless `takes_bytes`."""
+        normalisation = self.processor.normalisation
+        return pixels if normalisation is None or self.takes_bytes else normalisation(pixels)
+
     def vision_model(self) -> Any:
         """The encoder with all of its layers: ours is cut off behind the tap, stock classes expect the whole."""
-        whole = load_vision_model(replace(self.parts, dtype="float32"), self.parts.encoders()[0])
-        whole.load_state_dict(self.model.vision_encoder.model.state_dict(), strict=False)
+        whole: Any = load_vision_model(replace(self.parts, dtype="float32"), self.parts.encoders()[0])
+        whole.load_state_dict(self.encoder.model.state_dict(), strict=False)
         return whole
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mllm.export import Dtype, Exported, environments, llava, processor_files
+from mllm.export import Dtype, Exported, environments, llava, processor_files, remote_code
 from mllm.export.homes import Home, find_home
 from mllm.export.proof import prove
 from mllm.export.trained import Trained, load
@@ -28,20 +28,34 @@ def write(model: str, folder: Path, dtype: Dtype, check_with: list[str]) -> Expo
     home = write_files(trained, folder, kind)
     gc.collect()
     proofs = prove(trained, folder, chosen, kind)
-    return Exported(folder, "transformers", home.architecture, home.why, tuple(proofs), (left_out,) if left_out else ())
+    return Exported(
+        folder,
+        "transformers",
+        home.architecture or remote_code.ARCHITECTURE,
+        home.why,
+        tuple(proofs),
+        notes(home, left_out),
+    )
+
+
+def notes(home: Home, left_out: str) -> tuple[str, ...]:
+    """What a user has to know beside the proofs."""
+    remote = "" if home.is_stock else "remote code: load it with trust_remote_code=True, after reading its Python files"
+    return tuple(filter(None, (remote, left_out)))
 
 
 def write_files(trained: Trained, folder: Path, dtype: torch.dtype) -> Home:
     """Everything but the proof; where the model lives."""
     home = find_home(trained.model)
-    if not home.is_stock:
-        raise ValueError(f"no stock class holds this model: {home.why}")
-    config = llava.config(trained)
-    write_model(folder, config, llava.tensors(trained), dtype)
+    form: Any = llava if home.is_stock else remote_code
+    write_model(folder, form.config(trained), form.tensors(trained), dtype)
     write_generation_config(trained, folder)
-    strategy = config["vision_feature_select_strategy"]
-    patch_size = trained.model.vision_encoder.grid.patch
-    processor_files.write(trained.processor, folder, trained.parts.llm, patch_size, strategy)
+    if home.is_stock:
+        patch, strategy = trained.encoder.grid.patch, llava.select_strategy(trained)
+    else:  # the whole picture is one patch; what it becomes is counted as additional tokens
+        patch, strategy = trained.processor.pixel_shape[1], "full"
+        remote_code.write_code(trained, folder)
+    processor_files.write(trained.processor, folder, trained.parts.llm, patch, strategy, trained.takes_bytes)
     return home
 
 

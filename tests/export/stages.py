@@ -91,9 +91,10 @@ def make_stage(
     folder: Path, connector: Any = None, lora: bool = False, image_fit: str = "native", **model: Any
 ) -> Path:
     """A finished stage of the parts that lie in `folder`; its connector and adapter are random, as if trained."""
-    parts = ModelConfig(str(folder / "encoder"), str(folder / "llm"), connector or MLPConnector(), **model)
+    named = {"vision_encoder": str(folder / "encoder"), "llm": str(folder / "llm"), **model}
+    parts = ModelConfig(**{"connector": connector or MLPConnector(), **named})  # type: ignore[arg-type]
     out = folder / "stage"
-    processor = Processor.from_hub(parts.llm, parts.vision_encoder, visual_tokens_per_image(parts), image_fit)
+    processor = Processor.from_hub(parts.llm, parts.encoders()[0], visual_tokens_per_image(parts), image_fit)
     torch.manual_seed(3)
     built = build_model(parts, processor.image_token_id)
     rates = LearningRates(connector=1e-3, llm=1e-3 if lora else None)

@@ -1,0 +1,186 @@
+"""A vision encoder, a connector and a causal LLM as one model of transformers, 4.57 and 5.
+
+Enters: input_ids [B, S] in which each image has V placeholders, pixel_values [N, 3, H, W]. Leaves: logits
+[B, S, vocabulary]. Names of the parts (`vision_tower`, `multi_modal_projector`, `language_model`, `lm_head`) are those
+that servers look for.
+
+B rows, S tokens of a row, N images, V visual tokens an image, D width of the LLM.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+
+from mllm.export.remote_code.configuration_mllm import MllmConfig
+from mllm.export.remote_code.connector_of import make_connector
+from mllm.models.fused_encoder import FusedEncoder
+from mllm.models.vision_encoder import VisionEncoder
+from mllm.models.vision_grid import Grid
+from mllm.types import Normalisation
+
+
+class MllmPreTrainedModel(PreTrainedModel):
+    config_class = MllmConfig
+    base_model_prefix = "model"
+    input_modalities = ["image", "text"]  # noqa: RUF012
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+
+
+class MllmModel(MllmPreTrainedModel):
+    """Everything but the head."""
+
+    def __init__(self, config: MllmConfig) -> None:
+        super().__init__(config)
+        self.vision_tower = make_encoder(config)
+        self.language_model: Any = AutoModel.from_config(config.text_config)
+        width = self.language_model.get_input_embeddings().embedding_dim
+        self.multi_modal_projector = make_connector(
+            config.connector, self.vision_tower.width, width, self.vision_tower.num_patches
+        )
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()  # type: ignore[no-any-return]
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """[N, 3, H, W] -> `pooler_output`, N visual tokens [V, D]."""
+        features = self.vision_tower(pixel_values)  # [N, P, Dv]
+        tokens = self.multi_modal_projector(features.to(next(self.multi_modal_projector.parameters()).dtype))
+        return BaseModelOutputWithPooling(pooler_output=list(tokens))  # type: ignore[arg-type]
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        if inputs_embeds is None:
+            assert input_ids is not None, "give input_ids or inputs_embeds"
+            inputs_embeds = self.embed(input_ids, pixel_values)  # [B, S, D]
+        kwargs["return_dict"] = True
+        return self.language_model(  # type: ignore[no-any-return]
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+
+    def embed(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
+        """Token embeddings with the visual tokens in their slots [B, S, D]."""
+        is_placeholder = input_ids == self.config.image_token_id  # [B, S]
+        embeddings: Tensor = self.get_input_embeddings()(input_ids.masked_fill(is_placeholder, 0))  # [B, S, D]
+        if pixel_values is None:
+            return embeddings
+        visual = torch.cat(self.get_image_features(pixel_values).pooler_output)  # type: ignore[arg-type]  # [N * V, D]
+        if int(is_placeholder.sum()) != len(visual):
+            raise ValueError(f"{int(is_placeholder.sum())} placeholders in input_ids, {len(visual)} visual tokens")
+        return embeddings.masked_scatter(is_placeholder.unsqueeze(-1), visual.to(embeddings.dtype))
+
+
+class MllmForConditionalGeneration(MllmPreTrainedModel, GenerationMixin):
+    """The model with its head."""
+
+    def __init__(self, config: MllmConfig) -> None:
+        super().__init__(config)
+        self.model = MllmModel(config)
+        text = config.text_config
+        self.lm_head = nn.Linear(self.get_input_embeddings().embedding_dim, text.vocab_size, bias=config.lm_head_bias)
+        table = self.get_input_embeddings()
+        (name,) = (name for name, module in self.named_modules() if module is table)
+        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
+        self.post_init()
+
+    def get_input_embeddings(self) -> Any:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
+
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        for_loss = {name: kwargs.pop(name) for name in ("num_items_in_batch",) if name in kwargs}
+        found = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.capped(self.lm_head(found.last_hidden_state[:, kept]))  # [B, S, vocabulary]
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=logits.shape[-1], **for_loss)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=found.past_key_values,
+            hidden_states=found.hidden_states,
+            attentions=found.attentions,
+        )
+
+    def capped(self, logits: Tensor) -> Tensor:
+        """What some families put behind their head."""
+        text = self.config.text_config
+        if cap := getattr(text, "final_logit_softcapping", None):  # Gemma 2
+            logits = torch.tanh(logits / cap) * cap
+        if scale := getattr(text, "logit_scale", None):  # Cohere
+            logits = logits * scale
+        if divisor := getattr(text, "logits_scaling", None):  # Granite
+            logits = logits / divisor
+        return logits
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Images are seen once; from then on the cache holds what they became."""
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
+        cache = kwargs.get("past_key_values")
+        if cache is not None and cache.get_seq_length() > 0:
+            inputs["pixel_values"] = None
+        return inputs
+
+
+def make_encoder(config: MllmConfig) -> VisionEncoder | FusedEncoder:
+    """The vision encoder, or several as one."""
+    encoders = [
+        VisionEncoder(AutoModel.from_config(own), config.feature_layer, Normalisation(**normalisation), Grid(**grid))
+        for own, grid, normalisation in zip(config.encoder_configs(), config.grids, config.normalisations, strict=True)
+    ]
+    return FusedEncoder(encoders) if len(encoders) > 1 else encoders[0]
