@@ -5,9 +5,10 @@ Enters: a `MultimodalLM`, which may be a skeleton on the meta device (then confi
 
 Facts of transformers 5.23 behind the rules. Llava: hidden state of any layer before the encoder's final norm, at most
 one class token dropped, linear - activation - linear whose hidden width is the LLM's, a head without bias, cap or
-scale. The classes with a pixel shuffle all put a norm between encoder and connector (Idefics3, SmolVLM, Cohere2Vision
-and Lfm2Vl read behind the encoder's final norm, AyaVision and InternVL add a LayerNorm): no connector that reads
-before the norm can be rewritten for them. BLIP-2's Q-Former comes with an encoder of its own.
+scale. VipLlava: the same with a LayerNorm in front. The classes with a pixel shuffle all put a norm between encoder and
+connector (Idefics3, SmolVLM, Cohere2Vision and Lfm2Vl read behind the encoder's final norm, AyaVision and InternVL add
+a LayerNorm): no connector that reads before the norm can be rewritten for them. BLIP-2's Q-Former comes with an encoder
+of its own.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import nn
 from mllm.models.connectors.pixel_shuffle import Shuffle
 from mllm.models.fused_encoder import FusedEncoder
 from mllm.models.multimodal import MultimodalLM
+from mllm.models.vision_encoder import VisionEncoder
 
 ACTIVATIONS = {"GELU": "gelu", "SiLU": "silu", "ReLU": "relu", "Tanh": "tanh"}
 """torch's module -> the name that transformers' configs use."""
@@ -41,6 +43,8 @@ class Home:
 
 def find_home(model: MultimodalLM) -> Home:
     """The stock class that holds every part of the model exactly, else remote code."""
+    if is_vip_llava(model):
+        return Home("VipLlavaForConditionalGeneration", "its connector, with a norm in front, is VipLlava's")
     obstacles = [*connector_obstacles(model), *encoder_obstacles(model), *head_obstacles(model.llm)]
     if obstacles:
         return Home("", "; ".join(obstacles))
@@ -60,6 +64,15 @@ def connector_obstacles(model: MultimodalLM) -> list[str]:
     if isinstance(connector, nn.Sequential) and all(isinstance(m, nn.Linear | nn.GELU) for m in connector):
         return [f"a connector of {sum(isinstance(m, nn.Linear) for m in connector)} linear layers: Llava has two"]
     return [f"no stock class has a {type(connector).__name__} behind any encoder"]
+
+
+def is_vip_llava(model: MultimodalLM) -> bool:
+    """A LayerNorm in front of Llava's connector, and a class token, which VipLlava drops unasked."""
+    connector, others = model.connector, [*encoder_obstacles(model), *head_obstacles(model.llm)]
+    if others or not isinstance(connector, nn.Sequential) or not isinstance(connector[0], nn.LayerNorm):
+        return False
+    assert isinstance(model.vision_encoder, VisionEncoder)
+    return is_llava_projector(connector[1:]) and model.vision_encoder.num_prefix_tokens == 1
 
 
 def is_llava_projector(connector: nn.Module) -> bool:
@@ -104,6 +117,8 @@ def head_obstacles(llm: Any) -> list[str]:
         for name, plain in (("final_logit_softcapping", None), ("logit_scale", None), ("logits_scaling", 1.0))
         if (value := getattr(config, name, None)) not in (None, plain)
     ]
+    if config.model_type in ("gemma", "gemma2"):
+        found.append("transformers 4.57 scales a Gemma's visual tokens as words, 5 does not")
     if getattr(llm.get_output_embeddings(), "bias", None) is not None:
         found.append("the LLM's head has a bias: Llava's has none")
     return found

@@ -1,4 +1,4 @@
-"""The model as stock `LlavaForConditionalGeneration`: config and tensors.
+"""The model as stock `LlavaForConditionalGeneration` or `VipLlavaForConditionalGeneration`: config and tensors.
 
 Enters: a `Trained` whose home is Llava. Leaves: `config.json` as a dictionary, and tensors by name, float32. Names
 are those of every published Llava: `vision_tower.vision_model.*`, `multi_modal_projector.linear_{1,2}.*`,
@@ -20,19 +20,35 @@ from mllm.export.trained import Trained
 def config(trained: Trained) -> dict[str, Any]:
     """What goes into `config.json`."""
     model = trained.model
-    return {
-        "architectures": ["LlavaForConditionalGeneration"],
-        "model_type": "llava",
+    common = {
         "image_token_index": model.image_token_id,
         "image_seq_length": trained.processor.num_visual_tokens,
         "projector_hidden_act": projector(model.connector)[1],
-        "multimodal_projector_bias": True,
-        "vision_feature_layer": trained.parts.feature_layer,
-        "vision_feature_select_strategy": select_strategy(trained),
         "tie_word_embeddings": is_tied(model.llm),
         "vision_config": vision_config(trained.encoder.model),
         "text_config": text_config(model.llm, vocabulary_rows(trained)),
     }
+    if (norm := norm_in_front(model.connector)) is not None:
+        kind = {"architectures": ["VipLlavaForConditionalGeneration"], "model_type": "vipllava"}
+        return {
+            **kind,
+            "vision_feature_layers": trained.parts.feature_layer,
+            "projector_layernorm_eps": norm.eps,
+        } | common
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "multimodal_projector_bias": True,
+        "vision_feature_layer": trained.parts.feature_layer,
+        "vision_feature_select_strategy": select_strategy(trained),
+        **common,
+    }
+
+
+def norm_in_front(connector: nn.Module) -> nn.LayerNorm | None:
+    """VipLlava's."""
+    first = connector[0] if isinstance(connector, nn.Sequential) else None
+    return first if isinstance(first, nn.LayerNorm) else None
 
 
 def select_strategy(trained: Trained) -> str:
@@ -48,6 +64,10 @@ def tensors(trained: Trained) -> dict[str, Tensor]:
         for number, layer in ((1, first), (2, second))
         for part in ("weight", "bias")
     }
+    if (norm := norm_in_front(trained.model.connector)) is not None:
+        named |= {
+            f"multi_modal_projector.projector_layernorm.{name}": p.detach() for name, p in norm.named_parameters()
+        }
     return {**vision_tensors(trained), **named, **language_tensors(trained, "language_model.model.")}
 
 
@@ -89,7 +109,7 @@ def extended(table: Tensor, rows: int) -> Tensor:
 def projector(connector: Any) -> tuple[tuple[nn.Linear, nn.Linear], str]:
     """Llava's two layers and the activation between them; exact also for a single linear layer."""
     if not isinstance(connector, nn.Linear):
-        first, activation, second = connector
+        first, activation, second = connector[1:] if norm_in_front(connector) is not None else connector
         return (first, second), ACTIVATIONS[type(activation).__name__]
     width_in, width = connector.in_features, connector.out_features
     first, second = nn.Linear(width_in, width), nn.Linear(width, width)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,17 @@ from mllm.export import environments, export, reload
 from mllm.export.environments import HERE, Environment
 from mllm.export.llava import extended
 from mllm.export.proof import judge, prove, write_reference
-from mllm.export.trained import load
+from mllm.export.trained import Trained, load
 from mllm.export.transformers_folder import write_files
-from mllm.models.connectors import LinearConnector, MLPConnector
+from mllm.models.connectors import (
+    AvgPoolConnector,
+    CAbstractorConnector,
+    LinearConnector,
+    MLPConnector,
+    PixelShuffleConnector,
+    QFormerConnector,
+    ResamplerConnector,
+)
 from stages import make_parts, make_stage
 
 OLD = os.environ.get("MLLM_TRANSFORMERS_4_57", "")
@@ -45,6 +54,25 @@ LLAVA = {
 }
 """Parts and stage settings that stock Llava holds."""
 
+VIP = {"vip-two-layers-norm": ({"llm": "qwen2"}, {"feature_layer": [-2, -3], "connector": MLPConnector(norm=True)})}
+REMOTE = {
+    "mlp-of-three": ({}, {"connector": MLPConnector(depth=3)}),
+    "pixel-shuffle": ({"llm": "qwen2"}, {"connector": PixelShuffleConnector()}),
+    "qformer": ({}, {"connector": QFormerConnector(num_queries=3, hidden_size=16, num_layers=2, num_heads=2)}),
+    "avg-pool": ({"encoder": "siglip"}, {"connector": AvgPoolConnector(tokens=1)}),
+    "resampler": ({}, {"connector": ResamplerConnector(num_queries=3, hidden_size=16, num_layers=1, num_heads=2)}),
+    "c-abstractor": ({}, {"connector": CAbstractorConnector(tokens=1, hidden_size=16, depth=1)}),
+    "registers": ({"encoder": "registers"}, {}),
+    "gemma2": ({"llm": "gemma2"}, {"attention": "eager"}),
+}
+"""Parts and stage settings that no stock class holds."""
+HOMES = {
+    "LlavaForConditionalGeneration": LLAVA,
+    "VipLlavaForConditionalGeneration": VIP,
+    "MllmForConditionalGeneration": REMOTE,
+}
+CELLS = [(architecture, name) for architecture, cells in HOMES.items() for name in cells]
+
 
 def made(folder: Path, parts: dict[str, Any], stage: dict[str, Any]) -> Path:
     make_parts(folder, **parts)
@@ -57,27 +85,33 @@ def old_environment() -> Environment:
     return Environment("transformers 4.57", OLD)
 
 
-@pytest.mark.parametrize("name", LLAVA)
-def test_stock_llava_says_what_the_trained_model_says(name: str, tmp_path: Path) -> None:
-    trained, out = load(str(made(tmp_path, *LLAVA[name]))), tmp_path / "out"
+def written(folder: Path, architecture: str, name: str) -> tuple[Trained, Path]:
+    """The model of a cell, and the folder that was made of it, of a name of its own (remote code is cached by it)."""
+    trained, out = load(str(made(folder, *HOMES[architecture][name]))), folder / f"out_{name.replace('-', '_')}"
     home = write_files(trained, out, torch.float32)
-    assert home.architecture == "LlavaForConditionalGeneration"
+    assert (home.architecture or "MllmForConditionalGeneration") == architecture, home.why
+    return trained, out
+
+
+@pytest.mark.parametrize(("architecture", "name"), CELLS)
+def test_exported_folder_says_what_the_trained_model_says(architecture: str, name: str, tmp_path: Path) -> None:
+    trained, out = written(tmp_path, architecture, name)
     write_reference(trained, tmp_path, torch.float32)
     found = reload.compare(str(out), str(tmp_path))
     found["mllm"] = False  # this process has imported it
     proof = judge(HERE, found)
     assert proof.faults == ()
     assert proof.samples == 3
+    assert found["class"] == architecture
     answers = [sample["answer"] for sample in found["samples"]]
     assert any(answers), "silence is no answer to compare"
 
 
 @needs_old
 @pytest.mark.long
-@pytest.mark.parametrize("name", LLAVA)
-def test_transformers_4_57_says_it_too(name: str, tmp_path: Path) -> None:
-    trained, out = load(str(made(tmp_path, *LLAVA[name]))), tmp_path / "out"
-    write_files(trained, out, torch.float32)
+@pytest.mark.parametrize(("architecture", "name"), CELLS)
+def test_transformers_4_57_says_it_too(architecture: str, name: str, tmp_path: Path) -> None:
+    trained, out = written(tmp_path, architecture, name)
     (proof,) = prove(trained, out, [old_environment()], torch.float32)
     assert proof.faults == ()
     assert proof.transformers.startswith("4.57")
@@ -174,13 +208,16 @@ def test_new_row_of_the_head_never_wins() -> None:
     assert not (logits.argmax(1) == 50).any()
 
 
-def test_mlp_of_three_layers_has_no_stock_class(tmp_path: Path) -> None:
-    from mllm.export.homes import find_home
-
-    trained = load(str(made(tmp_path, {}, {"connector": MLPConnector(depth=3)})))
-    home = find_home(trained.model)
-    assert not home.is_stock
-    assert "3 linear layers" in home.why
+def test_remote_code_imports_nothing_of_ours_and_answers_in_a_fresh_process(tmp_path: Path) -> None:
+    connector = QFormerConnector(num_queries=3, hidden_size=16, num_layers=2, num_heads=2)
+    exported = export(str(made(tmp_path, {}, {"connector": connector})), tmp_path / "out")
+    assert exported.architecture == "MllmForConditionalGeneration"
+    assert "QFormer" in exported.why
+    assert any("trust_remote_code" in note for note in exported.notes)
+    files = list((tmp_path / "out").glob("*.py"))
+    assert {"configuration_mllm.py", "modeling_mllm.py", "mllm_qformer.py"} <= {file.name for file in files}
+    for file in files:
+        assert not re.search(r"^\s*(from|import) (mllm|pydantic)\b", file.read_text(), re.MULTILINE), file.name
 
 
 def test_python_that_is_not_there_is_a_mistake_told_in_words(stage: Path, tmp_path: Path) -> None:

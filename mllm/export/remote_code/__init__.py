@@ -69,7 +69,7 @@ def tensors(trained: Trained) -> dict[str, Tensor]:
         found["lm_head.bias"] = bias.detach()
     for name, part in (("vision_tower", model.vision_encoder), ("multi_modal_projector", model.connector)):
         found |= {f"model.{name}.{key}": tensor for key, tensor in published(part).items()}
-    return found
+    return {name: tensor for name, tensor in found.items() if ".vision_model.head." not in name}  # SigLIP's, unused
 
 
 def published(module: nn.Module) -> dict[str, Tensor]:

@@ -41,7 +41,7 @@ class MllmModel(MllmPreTrainedModel):
     def __init__(self, config: MllmConfig) -> None:
         super().__init__(config)
         self.vision_tower = make_encoder(config)
-        self.language_model: Any = AutoModel.from_config(config.text_config)
+        self.language_model: Any = AutoModel.from_config(config.text_config, **attention(config.text_config))
         width = self.language_model.get_input_embeddings().embedding_dim
         self.multi_modal_projector = make_connector(
             config.connector, self.vision_tower.width, width, self.vision_tower.num_patches
@@ -85,12 +85,16 @@ class MllmModel(MllmPreTrainedModel):
     def embed(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
         """Token embeddings with the visual tokens in their slots [B, S, D]."""
         is_placeholder = input_ids == self.config.image_token_id  # [B, S]
-        embeddings: Tensor = self.get_input_embeddings()(input_ids.masked_fill(is_placeholder, 0))  # [B, S, D]
+        embeddings: Tensor = self.get_input_embeddings()(input_ids)  # [B, S, D]
         if pixel_values is None:
             return embeddings
         visual = torch.cat(self.get_image_features(pixel_values).pooler_output)  # type: ignore[arg-type]  # [N * V, D]
         if int(is_placeholder.sum()) != len(visual):
             raise ValueError(f"{int(is_placeholder.sum())} placeholders in input_ids, {len(visual)} visual tokens")
+        if self.config.text_config.model_type in ("gemma", "gemma2") and not hasattr(
+            self.get_input_embeddings(), "embed_scale"
+        ):
+            visual = visual / visual.shape[-1] ** 0.5  # 4.57 scales whatever goes in, 5 scales words alone
         return embeddings.masked_scatter(is_placeholder.unsqueeze(-1), visual.to(embeddings.dtype))
 
 
@@ -175,6 +179,11 @@ class MllmForConditionalGeneration(MllmPreTrainedModel, GenerationMixin):
         if cache is not None and cache.get_seq_length() > 0:
             inputs["pixel_values"] = None
         return inputs
+
+
+def attention(text_config: Any) -> dict[str, Any]:
+    """4.57 lets Gemma 2 run on sdpa, which leaves out the cap on its attention scores."""
+    return {"attn_implementation": "eager"} if getattr(text_config, "attn_logit_softcapping", None) else {}
 
 
 def make_encoder(config: MllmConfig) -> VisionEncoder | FusedEncoder:
