@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 
 from mllm.config import RunConfig, dump_config
+from mllm.data.held_out import index_held_out
 from mllm.data.index import Index, build_index
 from mllm.data.indexing.store import default_folder
 from mllm.data.indexing.tally import sentence
@@ -30,7 +31,7 @@ from mllm.models.attention import check_isolation
 from mllm.models.build import build_model, check_llm, named, visual_tokens_per_image
 from mllm.models.multimodal import MultimodalLM
 from mllm.quiet import quiet_libraries
-from mllm.train import checkpointing, engine, trackers
+from mllm.train import checkpointing, engine, held_out, trackers
 from mllm.train.checkpoint import checkpoints
 from mllm.train.ledger import Quarantine
 from mllm.train.loop import deal, make_plan, num_steps
@@ -67,6 +68,7 @@ def start(config: RunConfig) -> Accelerator:
 
     check_output(config)
     trackers.check(config.train.trackers)
+    held_out.check(config.data, config.train)
     quiet_libraries()
     # the step counts its micro-batches itself: a number from `accelerate launch` would divide the gradient once more
     once = GradientAccumulationPlugin(num_steps=1)
@@ -117,12 +119,16 @@ def read_data(accelerator: Accelerator, config: RunConfig, processor: Processor)
         raise ValueError("no data: list at least one source under data.sources")
     folder = data.index_dir or default_folder()
     with accelerator.local_main_process_first():
-        if data.stream:
-            return open_stream(data, processor, config.train.seed)
         workers = data.num_workers * accelerator.num_processes if accelerator.is_local_main_process else 0
-        return build_index(
-            data.sources, processor, data.seq_length, workers, folder, progress=accelerator.is_main_process
-        )
+        index: Index | Stream
+        if data.stream:
+            index = open_stream(data, processor, config.train.seed)
+        else:
+            taken_out = data.held_out if isinstance(data.held_out, int) else 0
+            is_main = accelerator.is_main_process
+            index = build_index(data.sources, processor, data.seq_length, workers, folder, is_main, taken_out)
+        index_held_out(index, data, processor, workers, folder)
+        return index
 
 
 def plan_run(config: RunConfig, index: Index | Stream) -> Plan | StreamPlan:
@@ -159,7 +165,7 @@ def open_stage(accelerator: Accelerator, config: RunConfig, index: Index | Strea
         folder.mkdir(parents=True, exist_ok=True)
         (folder / FINISHED).unlink(missing_ok=True)
         (folder / "config.yaml").write_text(dump_config(config))
-        Quarantine(folder).add(index.faults)
+        Quarantine(folder).add([*index.faults, *(index.held_out.faults if index.held_out else [])])
     accelerator.wait_for_everyone()
 
 

@@ -67,7 +67,9 @@ class Index:
     faults: list[Fault]
     """What was not used and should have been."""
     filtered: Counter[str]
-    """What a rule of its source leaves out: cause and how many."""
+    """What a rule of its source leaves out: cause and how many; and what is held out of the same sources."""
+    held_out: Index | None = None
+    """Samples that are asked and never learned from."""
 
     def __len__(self) -> int:
         return len(self.length)
@@ -161,10 +163,15 @@ def build_index(
     workers: int = 0,
     folder: Path | None = None,
     progress: bool = True,
+    held_out: int = 0,
 ) -> Index:
-    """Measure every shard of every source once, in `workers` processes; those that `folder` knows are read back.
+    """Measure every shard of every source once, in `workers` processes; those that `folder` knows are read back. That
+    many samples of them are held out.
 
     The index is the same for any number of workers, and whether a shard was measured or read back.
+
+    Raises:
+        ValueError: a file as a whole is broken; nothing would be left to learn from.
     """
     sources = list(sources)
     shards = [source.shards() for source in sources]
@@ -184,7 +191,7 @@ def build_index(
             tables[name] = join_parts([table for _, table in sorted(parts.pop(name).items())])
             if folder:
                 store.store(folder, facts[name], tables[name])
-    return assemble(sources, tables, max_length)
+    return assemble(sources, tables, max_length, held_out)
 
 
 def stored_tables(
@@ -205,10 +212,24 @@ def stored_tables(
     return tables, facts
 
 
-def assemble(sources: list[Source], tables: Tables, max_length: int) -> Index:
-    """The index of all lines, in the order of sources, shards and rows."""
+def assemble(sources: list[Source], tables: Tables, max_length: int, held_out: int = 0) -> Index:
+    """The index of all lines, in the order of sources, shards and rows, and that of those which are held out."""
     lines = columns.join_tables(sources, tables)
     good, bad = lines.filter(pc.is_null(lines["kind"])), lines.filter(pc.is_valid(lines["kind"]))
+    faults, filtered = columns.faults(sources, bad), columns.filtered(bad)
+    if not held_out:
+        return of_lines(sources, good, max_length, faults, filtered)
+    apart = columns.set_apart(good, held_out)
+    filtered["held out"] = int(apart.sum())
+    index = of_lines(sources, good.filter(pa.array(~apart)), max_length, faults, filtered)
+    index.held_out = of_lines(sources, good.filter(pa.array(apart)), max_length, [], Counter())
+    return index
+
+
+def of_lines(
+    sources: list[Source], good: pa.Table, max_length: int, faults: list[Fault], filtered: Counter[str]
+) -> Index:
+    """The index of lines that can be used."""
     cut = columns.numbers(good, "cut")
     sizes = good["sizes"].combine_chunks()
     return Index(
@@ -220,7 +241,8 @@ def assemble(sources: list[Source], tables: Tables, max_length: int) -> Index:
         sizes=sizes,
         truncated=np.flatnonzero(cut),
         tokens_cut=int(cut.sum()),
-        faults=columns.faults(sources, bad),
-        filtered=columns.filtered(bad),
+        faults=faults,
+        filtered=filtered,
+        held_out=None,
         **{name: columns.numbers(good, name) for name in COPIED},
     )

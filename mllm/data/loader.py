@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import torch
+from pydantic import Discriminator, Tag
 from torch.utils.data import DataLoader, Dataset
 
 from mllm.data.collate import collate
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
     from mllm.data.streams.batches import StreamedBatches
 
 T = TypeVar("T")
+HeldOutConfig = Annotated[
+    Annotated[Positive, Tag("number")] | Annotated[list[SourceConfig], Tag("sources")],
+    Discriminator(lambda given: "sources" if isinstance(given, list) else "number"),
+]
 
 
 @dataclass
@@ -37,6 +42,9 @@ class DataConfig(Schema):
 
     sources: list[SourceConfig] = field(default_factory=list)
     """Files of records, each with its `format`."""
+    held_out: HeldOutConfig | None = None
+    """What is asked while the run goes on, and never learned from: a number of samples, which are taken out of the
+    sources by the hash of their ids, or sources of their own. See `train.eval_every`."""
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     """How much of each source an epoch draws; every sample once where nothing is set."""
     seq_length: Positive = 2048
@@ -87,23 +95,12 @@ class Share:
             yield mine[start : start + self.rows]
 
 
-class PlannedBatches(Dataset[Batch]):
-    """The micro-batches of this rank. The process that trains plans (`items`); a worker gets rows of sample numbers
-    and needs the index alone to fill them."""
+class Examples:
+    """The samples of an index, as the model sees them."""
 
-    def __init__(self, index: Index, plan: Plan, processor: Processor, share: Share) -> None:
-        self.index, self.plan, self.processor, self.share = index, plan, processor, share
+    def __init__(self, index: Index, processor: Processor) -> None:
+        self.index, self.processor = index, processor
         self.kept: dict[int, Sample] = {}
-        self.accumulation = share.accumulation(plan.rows_per_step)
-
-    def items(self, first_step: int, last_step: int) -> Iterator[list[list[int]]]:
-        """The rows of each micro-batch, step by step."""
-        for step in range(first_step, last_step):
-            yield from self.share.micro_batches(self.plan.rows(step))
-
-    def __getitem__(self, rows: list[list[int]]) -> Batch:
-        shape = self.processor.pixel_shape
-        return collate([join([self.example(number) for number in row], shape) for row in rows], shape)
 
     def example(self, number: int) -> Example:
         """One sample, or a hole of its planned length if it cannot be read: the plan never shifts."""
@@ -132,7 +129,29 @@ class PlannedBatches(Dataset[Batch]):
         return sample
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "plan": None, "kept": {}}
+        return {**self.__dict__, "kept": {}}
+
+
+class PlannedBatches(Examples, Dataset[Batch]):
+    """The micro-batches of this rank. The process that trains plans (`items`); a worker gets rows of sample numbers
+    and needs the index alone to fill them."""
+
+    def __init__(self, index: Index, plan: Plan, processor: Processor, share: Share) -> None:
+        super().__init__(index, processor)
+        self.plan, self.share = plan, share
+        self.accumulation = share.accumulation(plan.rows_per_step)
+
+    def items(self, first_step: int, last_step: int) -> Iterator[list[list[int]]]:
+        """The rows of each micro-batch, step by step."""
+        for step in range(first_step, last_step):
+            yield from self.share.micro_batches(self.plan.rows(step))
+
+    def __getitem__(self, rows: list[list[int]]) -> Batch:
+        shape = self.processor.pixel_shape
+        return collate([join([self.example(number) for number in row], shape) for row in rows], shape)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "plan": None}
 
 
 def hole(fault: Fault, length: int, source: int, no_pixels: torch.Tensor) -> Example:

@@ -30,6 +30,7 @@ from mllm.models.multimodal import MultimodalLM
 from mllm.train import checkpointing, engine, zero
 from mllm.train.checkpoint import load_optimizer, load_weights, newest_state, save_checkpoint
 from mllm.train.clock import make_clock
+from mllm.train.held_out import HeldOut
 from mllm.train.ledger import Ledger
 from mllm.train.losses import NextToken
 from mllm.train.metrics import Metrics
@@ -123,6 +124,7 @@ def fit(
     micro_batches = batches(dataset, first_step, last_step, data.num_workers)
     sources = labels(index.sources)
     with Metrics(accelerator, train, first_step, last_step) as metrics:
+        held_out = HeldOut(accelerator, index.held_out, processor, data, train, last_step, metrics.say)
         for step in range(first_step, last_step):
             torch.manual_seed(step_seed(train.seed, step, accelerator.process_index))
             set_rates(optimizer, rate_factor(step, last_step, train.warmup, train.schedule))
@@ -131,6 +133,7 @@ def fit(
                 accelerator, objective, optimizer, block, train.max_grad_norm, train.loss_reduction, sources
             )
             numbers |= {**plan.counts(step), **rates(optimizer), **clock.lap(plan.counts(step)["tokens"])}
+            numbers |= held_out.at(step + 1, objective, model)
             ledger.note(accelerator, block, plan, step)
             metrics.step(step + 1, {**numbers, "skipped": ledger.tally.holes.total()})
             if train.save_every and (step + 1) % train.save_every == 0:

@@ -56,6 +56,8 @@ class TrainConfig(Schema):
     `llm`, `connector`, `vision_encoder`."""
     feature_cache: NotNegative = 0
     """Gigabytes of memory for features of the frozen encoder, which then sees each image once; 0 keeps none."""
+    eval_every: Positive | None = None
+    """Steps between held-out losses (`data.held_out`); where it is not set, once at the end."""
     log_every: Positive | None = None
     """Steps between lines on the screen; `metrics.jsonl` has every step. Where it is not set: every step in a log file,
     and in a terminal those with a held-out loss alone, since the bar shows the newest."""

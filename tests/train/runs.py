@@ -19,6 +19,7 @@ from torch.multiprocessing import start_processes
 
 from conftest import make_model, make_processor, write_llava
 from mllm.data.formats.llava import LlavaSource
+from mllm.data.held_out import index_held_out
 from mllm.data.index import build_index
 from mllm.data.loader import DataConfig
 from mllm.models.multimodal import MultimodalLM
@@ -57,7 +58,9 @@ def run(
     processor = make_processor()
     model = model or chosen_model(train)
     config = DataConfig([LlavaSource(path=data)], seq_length=SEQ_LENGTH, num_workers=0, **changes)
-    index = build_index(config.sources, processor, SEQ_LENGTH, progress=False)
+    taken_out = config.held_out if isinstance(config.held_out, int) else 0
+    index = build_index(config.sources, processor, SEQ_LENGTH, progress=False, held_out=taken_out)
+    index_held_out(index, config, processor)
     train.output_dir.mkdir(parents=True, exist_ok=True)
     plan = make_plan(index, config, train, resume)
     fit(accelerator or Accelerator(cpu=True), model, processor, index, plan, config, train, resume)

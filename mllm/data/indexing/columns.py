@@ -6,6 +6,7 @@ faults of the others. Nothing here makes a Python object of each line.
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from typing import Any
 
@@ -77,6 +78,31 @@ def groups(good: pa.Table) -> Numbers:
         column = good[name].to_numpy()
         same &= column[1:] == column[:-1]
     return np.cumsum(np.concatenate([[False], ~same]) if len(good) else [], dtype=np.int64)
+
+
+def set_apart(good: pa.Table, number: int) -> Numbers:
+    """bool [N]: the samples that are held out, `number` of them, with all kinds of a caption together.
+
+    Those whose ids have the smallest hashes: it is the same samples whatever the order of files, and nearly the same
+    when others are added.
+
+    Raises:
+        ValueError: nothing would be left to learn from.
+    """
+    group = groups(good)
+    first = np.flatnonzero(np.diff(group, prepend=-1))
+    ids = good["id"].take(pa.array(first)).to_pylist()
+    hashes = np.array(
+        [int.from_bytes(hashlib.blake2b(id.encode(), digest_size=8).digest(), "big") for id in ids], np.uint64
+    )
+    order = np.argsort(hashes, kind="stable")
+    together = np.cumsum(np.diff(first, append=len(group))[order])  # samples of the first records, kinds counted
+    if not len(together) or number >= together[-1]:
+        raise ValueError(
+            f"data.held_out {number} of {len(group)} samples leaves nothing to learn from: hold out fewer, or list "
+            f"other files under data.held_out"
+        )
+    return np.isin(group, order[: int(np.searchsorted(together, number)) + 1])
 
 
 def faults(sources: list[Source], bad: pa.Table) -> list[Fault]:

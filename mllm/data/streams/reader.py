@@ -16,6 +16,7 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from mllm.data.formats.source import Filtered, Place, Source
+from mllm.data.index import Index
 from mllm.data.indexing import fingerprint
 from mllm.data.indexing.tally import IN_A_ROW, Tally
 from mllm.data.planning.order import key_of
@@ -51,6 +52,8 @@ class Stream:
     """The last faults."""
     faults: tuple[Fault, ...] = ()
     """None is known beforehand."""
+    held_out: Index | None = None
+    """Samples that are asked and never learned from; they are counted, unlike these."""
 
     def feeds(self) -> tuple[list[Feed], list[float]]:
         """What is mixed, and the weights."""
