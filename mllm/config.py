@@ -22,6 +22,7 @@ from mllm.data.loader import DataConfig
 from mllm.flags import lay_over, split_flags
 from mllm.models.build import ModelConfig
 from mllm.schema import Schema
+from mllm.train.scales import PartName
 from mllm.train.settings import TrainConfig
 
 
@@ -35,6 +36,8 @@ class RunConfig(Schema):
     """The parts; where `init_from` is set they may be left out and are that stage's."""
     init_from: Path | None = None
     """A finished stage whose trained parts this one starts from."""
+    init_parts: list[PartName] | None = None
+    """Which of them (`[connector]`); all where this is not set. What is left out starts anew."""
     resume: bool = False
     """Go on from the newest checkpoint in the output folder."""
     overwrite: bool = False

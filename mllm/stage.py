@@ -27,6 +27,7 @@ from mllm.data.processor import Processor
 from mllm.data.streams.batches import open_stream
 from mllm.data.streams.plan import StreamPlan
 from mllm.data.streams.reader import Stream
+from mllm.inherit import take_over
 from mllm.models.attention import check_isolation
 from mllm.models.build import build_model, check_llm, named, visual_tokens_per_image
 from mllm.models.multimodal import MultimodalLM
@@ -109,6 +110,12 @@ def build(accelerator: Accelerator, config: RunConfig, processor: Processor) -> 
         how = f"whole on each rank while it is built: {reason}" if reason else "one weight at a time into the shards"
         console(accelerator).print(f"the LLM is read {how}", highlight=False)
     return model
+
+
+def inherit(accelerator: Accelerator, config: RunConfig, model: MultimodalLM) -> None:
+    """Start from what an earlier stage learned, if the config names one."""
+    if config.init_from:
+        console(accelerator).print(take_over(config, model), highlight=False)
 
 
 def read_data(accelerator: Accelerator, config: RunConfig, processor: Processor) -> Index | Stream:

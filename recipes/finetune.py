@@ -11,6 +11,7 @@ from mllm.stage import (
     build_processor,
     check_run,
     close_stage,
+    inherit,
     open_stage,
     plan_run,
     read_data,
@@ -18,7 +19,6 @@ from mllm.stage import (
     user_errors,
 )
 from mllm.train.loop import fit
-from mllm.train.stage_folder import load_stage
 from mllm.train.trainable import choose_trainable
 
 
@@ -28,8 +28,7 @@ def main() -> None:
 
     processor = build_processor(config)
     model = build(accelerator, config, processor)
-    if config.init_from:
-        load_stage(model, config.init_from)
+    inherit(accelerator, config, model)
     choose_trainable(model, config.train.learning_rate, config.train.lora, config.train.vision_lora)
 
     index = read_data(accelerator, config, processor)

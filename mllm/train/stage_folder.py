@@ -9,8 +9,9 @@ one writes.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 ADAPTERS = {"vision_encoder": "vision_adapter", "llm": "adapter"}
 """Where a part's adapter lies in the folder."""
+TAKEN = ("connector", "llm", "vision_encoder")
+"""What a later stage can take over."""
 FINISHED = "connector.safetensors"
 """Every stage ends by writing this file: a folder without it did not finish."""
 
@@ -70,28 +73,64 @@ def save_whole(module: nn.Module, path: Path, is_main: bool = True) -> None:
     save_tensors(whole(dict(module.named_parameters()), is_main), path, is_main)
 
 
-def load_stage(model: MultimodalLM, folder: Path) -> None:
-    """Read what `save_stage` wrote into a model built from the same config.
+def holds(folder: Path, name: str) -> bool:
+    """Did the stage train this part, whole or by an adapter? Its connector is always written."""
+    return (folder / f"{name}.safetensors").is_file() or (folder / ADAPTERS.get(name, f"{name}.safetensors")).exists()
+
+
+def load_stage(model: MultimodalLM, folder: Path, parts: Sequence[str] = TAKEN) -> None:
+    """Read what `save_stage` wrote into a model built from the same config; of several parts, those that are named.
 
     Raises:
         ValueError: the folder is not a finished stage, or a shape does not fit (named, never left at random).
     """
     if not (folder / FINISHED).is_file():
         raise ValueError(f"{folder} is no finished stage: it has no {FINISHED}")
-    load_whole(model.connector, folder / FINISHED)
-    for name in ("vision_encoder", "llm"):
-        if (folder / f"{name}.safetensors").is_file():
-            load_whole(getattr(model, name), folder / f"{name}.safetensors")
-            getattr(model, name).differs_from_hub = True
-    if (folder / ADAPTERS["llm"]).is_dir() and was_quantised(folder) and not is_quantised(model.llm):
+    if "connector" in parts:
+        load_whole(model.connector, folder / FINISHED)
+    for name in ADAPTERS:
+        if name in parts:
+            load_part(model, folder, name)
+
+
+def load_part(model: MultimodalLM, folder: Path, name: str) -> None:
+    """Weights of a part that trained whole, and its adapter."""
+    if (folder / f"{name}.safetensors").is_file():
+        load_whole(getattr(model, name), folder / f"{name}.safetensors")
+        getattr(model, name).differs_from_hub = True
+    if not (folder / ADAPTERS[name]).is_dir():
+        return
+    if name == "llm" and was_quantised(folder) and not is_quantised(model.llm):
         round_to_4bit(model.llm)  # what the adapter was trained on
         model.llm.differs_from_hub = True
-    for name, adapter in ADAPTERS.items():
-        if (folder / adapter).is_dir():
-            from peft import PeftModel
+    from peft import PeftModel
 
-            with stand_ins(wrapped(model, name)):
-                put(model, name, PeftModel.from_pretrained(wrapped(model, name), str(folder / adapter)))
+    try:
+        with stand_ins(wrapped(model, name)):
+            put(model, name, PeftModel.from_pretrained(wrapped(model, name), str(folder / ADAPTERS[name])))
+    except (RuntimeError, ValueError) as error:  # torch's list of shapes; peft's of layers that are not there
+        shown = " ".join(line.strip() for line in str(error).splitlines()[:3])
+        raise ValueError(f"{folder / ADAPTERS[name]} does not fit this {name}: {shown}") from error
+    check_adapter(wrapped(model, name), folder / ADAPTERS[name])
+
+
+def check_adapter(part: Any, folder: Path) -> None:
+    """peft passes over what finds no place, and leaves at zero what finds no weight.
+
+    Raises:
+        ValueError: names of one side are not on the other.
+    """
+    from peft import get_peft_model_state_dict
+
+    saved, own = (
+        load_file(str(folder / "adapter_model.safetensors")).keys(),
+        get_peft_model_state_dict(part, save_embedding_layers=False).keys(),
+    )
+    if differing := sorted(saved ^ own):
+        raise ValueError(
+            f"{folder} does not fit this model: {len(saved - own)} of its tensors have no place there and "
+            f"{len(own - saved)} places no tensor, {differing[0]} among them"
+        )
 
 
 def was_quantised(folder: Path) -> bool:
