@@ -38,7 +38,7 @@ def take_over(config: RunConfig, model: MultimodalLM) -> str:
         raise ValueError(f"{error}\n  {advice(config, before, now)}") from error
     told = [f"{name}: {old} there, {new} here" for name, old, new in differences(before, now)]
     fresh = [name for name in TAKEN if name not in parts and (name == "connector" or holds(config.init_from, name))]
-    return " · ".join(
+    return "\n  ".join(
         [
             f"starting from {config.init_from} with its {', '.join(parts)}",
             *([f"started anew: {', '.join(fresh)}"] if fresh else []),
