@@ -57,6 +57,7 @@ WRITTEN = (
     "wandb",
     trackers.REMEMBERED,
     "quarantine.jsonl",
+    "guard.jsonl",
     "ledger.json",
 )
 """All that a stage writes: what --overwrite removes, and nothing else."""

@@ -169,6 +169,7 @@ class Batch(TypedDict):
     position_ids: Tensor  # [B, S] int64, 0 at each sample's first token
     pixel_values: Tensor  # [max(N, 1), 3, H, W] uint8, to be normalised on the device; float is normalised already
     num_images: int  # N
+    row_images: list[int]  # of them, those of each row
     sample_ids: list[list[str]]  # per row, in order
     where: list[str]  # file and row of each sample
     sources: list[list[int]]  # per row, of each sample the number of its source

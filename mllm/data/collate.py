@@ -22,13 +22,14 @@ MULTIPLE = 8
 def collate(rows: Sequence[Row], pixel_shape: tuple[int, int, int]) -> Batch:
     """Stack rows: tokens [B, S] int64, images [max(N, 1), 3, H, W] in order of appearance."""
     pixel_values = stack_pixels([row.pixel_values for row in rows], pixel_shape)
-    num_images = sum(len(row.pixel_values) for row in rows)
+    row_images = [len(row.pixel_values) for row in rows]
     return Batch(
         input_ids=stack([row.input_ids for row in rows], 0),
         labels=stack([row.labels for row in rows], IGNORE_INDEX),
         position_ids=stack([row.position_ids for row in rows], 0),
         pixel_values=pixel_values,
-        num_images=num_images,
+        num_images=sum(row_images),
+        row_images=row_images,
         sample_ids=[row.sample_ids for row in rows],
         where=[where for row in rows for where in row.where],
         sources=[row.sources for row in rows],

@@ -30,6 +30,8 @@ from mllm.models.multimodal import MultimodalLM
 from mllm.train import checkpointing, engine, zero
 from mllm.train.checkpoint import load_optimizer, load_weights, newest_state, save_checkpoint
 from mllm.train.clock import make_clock
+from mllm.train.guard import Guard
+from mllm.train.halving import Room
 from mllm.train.held_out import HeldOut
 from mllm.train.ledger import Ledger
 from mllm.train.losses import NextToken
@@ -119,8 +121,10 @@ def fit(
     ledger = Ledger(train.output_dir, index.tally, data.max_bad_share)
     if isinstance(index, Stream) and accelerator.is_main_process:
         index.tell = ledger.quarantine.add
+    guard, room = Guard(train.guard, train.output_dir), Room()
     if first_step:
         ledger.resume(accelerator, first_step)
+        guard.resume(accelerator, first_step)
     micro_batches = batches(dataset, first_step, last_step, data.num_workers)
     sources = labels(index.sources)
     with Metrics(accelerator, train, first_step, last_step) as metrics:
@@ -130,8 +134,17 @@ def fit(
             set_rates(optimizer, rate_factor(step, last_step, train.warmup, train.schedule))
             block = clock.block(micro_batches, dataset.accumulation)
             numbers = optimise(
-                accelerator, objective, optimizer, block, train.max_grad_norm, train.loss_reduction, sources
+                accelerator,
+                objective,
+                optimizer,
+                block,
+                train.max_grad_norm,
+                train.loss_reduction,
+                sources,
+                guard,
+                room,
             )
+            numbers = guard.note(accelerator, step + 1, numbers)
             numbers |= {**plan.counts(step), **rates(optimizer), **clock.lap(plan.counts(step)["tokens"])}
             numbers |= held_out.at(step + 1, objective, model)
             ledger.note(accelerator, block, plan, step)

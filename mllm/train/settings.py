@@ -12,6 +12,7 @@ from typing import Literal
 from mllm.schema import Fraction, NotNegative, Positive, Schema
 from mllm.train.adapters import Lora
 from mllm.train.checkpointing import Checkpointing
+from mllm.train.guard import GuardConfig
 from mllm.train.losses import Reduction
 from mllm.train.optimizer import OptimizerName
 from mllm.train.schedule import Schedule
@@ -67,6 +68,8 @@ class TrainConfig(Schema):
     """The project under which trackers file the run."""
     run_name: str = ""
     """The name of the run in `wandb` and `trackio`; where it is not set, the last two parts of `output_dir`."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    """What happens where a loss or gradient is not finite, or a loss leaps."""
     save_every: Positive | None = None
     """Steps between checkpoints; none where it is not set."""
     seed: int = 0

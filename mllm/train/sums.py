@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Sums:
-    """Of one step on this rank; `over_ranks` makes numbers of them."""
+    """Of one step on this rank; `numbers` makes numbers of those of all ranks."""
 
     def __init__(self, sources: Sequence[str] = ()) -> None:
         self.sources = sources
@@ -40,12 +40,14 @@ class Sums:
         losses, bins = losses.double().cpu(), self.by_source.shape[1]
         self.by_source += torch.stack([of_token.bincount(losses, bins), of_token.bincount(None, bins).double()])
 
-    def over_ranks(self, accelerator: Accelerator, total: float) -> dict[str, Any]:
-        """The loss per unit of weight (`total` is the weight of the step), supervised tokens, images, and the mean loss
-        per supervised token of each source that the step has tokens of."""
-        loss, images, *by_source = global_sums(
-            accelerator, [self.loss, self.images, *self.by_source.flatten().tolist()]
-        )
+    def values(self) -> list[float]:
+        """What is summed over the ranks."""
+        return [self.loss, self.images, *self.by_source.flatten().tolist()]
+
+    def numbers(self, values: Sequence[float], total: float) -> dict[str, Any]:
+        """Of `values` summed over the ranks: the loss per unit of weight (`total` is the weight of the step),
+        supervised tokens, images, and the mean loss per supervised token of each source that the step has tokens of."""
+        loss, images, *by_source = values
         losses, tokens = by_source[: len(by_source) // 2], by_source[len(by_source) // 2 :]
         numbers = {"loss": loss / total, "supervised_tokens": int(sum(tokens)), "images": int(images)}
         if not self.sources:

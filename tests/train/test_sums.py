@@ -46,7 +46,7 @@ def numbers(cut: list[list[list[int]]]) -> dict[str, Any]:
     for rows in cut:
         micro = batch(rows)
         sums.add(micro, *objective(**model_inputs(micro, torch.device("cpu")), each=True))
-    return sums.over_ranks(Accelerator(cpu=True), 1.0)
+    return sums.numbers(sums.values(), 1.0)
 
 
 CUTS = {
