@@ -14,6 +14,8 @@ import torch
 from accelerate import Accelerator
 
 from conftest import make_model, make_processor, picture, write_llava
+from engines import config_that_shards_all
+from engines import start as start_engine
 from mllm.config import RunConfig, validate
 from mllm.data.collate import collate
 from mllm.data.formats.llava import LlavaSource
@@ -25,7 +27,6 @@ from mllm.data.packing import join
 from mllm.data.streams.batches import open_stream
 from mllm.models.multimodal import MultimodalLM
 from mllm.stage import start
-from mllm.train import zero
 from mllm.train.gap import conclude, terms
 from mllm.train.held_out import HeldOut
 from mllm.train.loop import fit, make_plan
@@ -140,19 +141,7 @@ def test_the_same_samples_are_held_out_whatever_the_order_of_the_file(tmp_path: 
 
 def on_rank(rank: int, path: Path, folder: Path, engine: str) -> None:
     """Seven samples, one a row, for two ranks: one of them gets an empty row."""
-    if engine == "zero3":
-        import os
-
-        from test_zero import CONFIGS
-
-        config = str(CONFIGS / "zero3.json")
-        os.environ.update(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_CONFIG_FILE=config)
-        os.environ["DS_ACCELERATOR"] = "cpu"
-        accelerator = Accelerator(kwargs_handlers=zero.process_group())
-        zero.confirm(accelerator)
-        zero.build_whole()
-    else:
-        accelerator = Accelerator(cpu=True)
+    accelerator = start_engine(engine, folder.parent)
     run(path, ranks_config(folder), accelerator=accelerator, held_out=7, packing=False)
     torch.distributed.destroy_process_group()
 
@@ -161,10 +150,11 @@ def ranks_config(folder: Path) -> Any:
     return settings(folder, steps=4, rows_per_micro_batch=1, eval_every=2)
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero3"])
+@pytest.mark.parametrize("engine", ["ddp", "zero3", pytest.param("fsdp2", marks=pytest.mark.long)])
 def test_two_ranks_find_the_losses_of_one_process_and_train_on_as_it_does(tmp_path: Path, engine: str) -> None:
     if engine == "zero3":
         pytest.importorskip("deepspeed")
+        (tmp_path / "zero3.json").write_text(config_that_shards_all("zero3"))
     path = some_text_only(write_llava(tmp_path, 14))
     run(path, ranks_config(tmp_path / "one"), held_out=7, packing=False)
     on_two_ranks(on_rank, path, tmp_path / "two", engine)
