@@ -27,7 +27,7 @@ class HeldOutLoss:
     shuffled: float | None = None
     blank: float | None = None
     looks: bool | None = None
-    """Whether there is a gap; None where two samples with images are too few to tell."""
+    """Whether there is a gap; None where that cannot be told: fewer than two samples with images, no finite loss."""
 
     @property
     def gap(self) -> float | None:
@@ -57,7 +57,7 @@ def conclude(summed: list[float]) -> HeldOutLoss:
     if not tokens or not samples:
         return HeldOutLoss(right / max(1.0, tokens))
     looks = None
-    if samples > 1:
+    if samples > 1 and math.isfinite(right + d):
         gap = d / t
         scatter = max(0.0, dd - 2 * gap * dt + gap**2 * tt) * samples / (samples - 1)
         looks = gap >= LEAST_GAP * r / t and gap > STANDARD_ERRORS * math.sqrt(scatter) / t

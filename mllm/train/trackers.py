@@ -76,7 +76,11 @@ class Tracking:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         while self.is_on and self.accelerator.trackers:
-            self.accelerator.trackers.pop().finish()
+            tracker = self.accelerator.trackers.pop()
+            if error and tracker.name == "wandb":
+                tracker.tracker.finish(exit_code=1)  # shown as crashed
+            else:
+                tracker.finish()
 
 
 def run_id(folder: Path, fresh: bool) -> str:

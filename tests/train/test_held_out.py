@@ -218,6 +218,7 @@ def test_gap_must_be_a_hundredth_of_the_loss_and_two_standard_errors() -> None:
     assert summed([1.0, 0.9, 1.0, 0.8]).looks is True
     assert summed([1.0]).looks is None
     assert summed([1.0, 0.9]).gap == pytest.approx(0.95)
+    assert summed([1.0, 0.9], loss=float("nan")).looks is None
 
 
 def test_standard_error_is_that_of_samples_of_one_length() -> None:

@@ -115,8 +115,13 @@ class Service:
     def log(self, numbers: dict[str, float], step: int) -> None:
         self.steps.append(step)
 
-    def finish(self) -> None:
+    @property
+    def tracker(self) -> Service:
+        return self
+
+    def finish(self, exit_code: int = 0) -> None:
         self.ended += 1
+        self.exit_code = exit_code
 
 
 def test_what_was_sent_to_a_service_before_the_cut_is_not_sent_again(tmp_path: Path) -> None:
@@ -130,6 +135,15 @@ def test_what_was_sent_to_a_service_before_the_cut_is_not_sent_again(tmp_path: P
     tracking.__exit__(None, None, None)
     assert [service.steps for service in services] == [[5, 6], [5, 6], [3, 4, 5, 6]]
     assert [service.ended for service in services] == [1, 1, 1]
+
+
+def test_run_that_fails_is_shown_as_failed(tmp_path: Path) -> None:
+    services = [Service("wandb"), Service("trackio")]
+    accelerator: Any = SimpleNamespace(is_main_process=True, trackers=list(services))
+    tracking = Tracking(accelerator, settings(tmp_path), first_step=0, sent=0)
+    tracking.is_on = True
+    tracking.__exit__(ValueError, ValueError("broken"), None)
+    assert [(service.ended, service.exit_code) for service in services] == [(1, 1), (1, 0)]
 
 
 def test_services_know_a_resumed_run_by_its_id_and_a_new_one_by_another(tmp_path: Path) -> None:
