@@ -169,7 +169,7 @@ def evaluate(
 
 def export(
     model: Annotated[str, tyro.conf.Positional],
-    to: Literal["transformers"] = "transformers",
+    to: Literal["transformers", "merged", "adapter", "gguf"] = "transformers",
     out: Path | None = None,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     check_with: Annotated[list[str], tyro.conf.UseAppendAction] = [],  # noqa: B006
@@ -179,7 +179,9 @@ def export(
 
     Args:
         model: Stage folder or Hub id.
-        to: `transformers`: a stock class where one holds the model exactly, else self-contained remote code.
+        to: `transformers`: a stock class where one holds the model exactly, else self-contained remote code. `merged`:
+            a stage folder with the LoRA in the weights. `adapter`: the LoRA, and beside it the model it belongs to.
+            `gguf`: LLM and encoder for llama.cpp.
         out: Folder to write; beside the stage, `NAME-transformers` say, where it is not given.
         dtype: Of the weights; auto is that of the frozen parts in training.
         check_with: A version of transformers (4.57.6) or the path of a Python that must load it too; may be repeated.

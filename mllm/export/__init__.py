@@ -102,4 +102,22 @@ def to_transformers(model: str, folder: Path, dtype: Dtype, check_with: list[str
     return write(model, folder, dtype, check_with)
 
 
-FORMS = {"transformers": to_transformers}
+def to_gguf(model: str, folder: Path, dtype: Dtype, check_with: list[str]) -> Exported:
+    from mllm.export.gguf import write
+
+    return write(model, folder, dtype, check_with)
+
+
+def to_merged(model: str, folder: Path, dtype: Dtype, check_with: list[str]) -> Exported:
+    from mllm.export.merged import write
+
+    return write(model, folder, dtype, check_with)
+
+
+def to_adapter(model: str, folder: Path, dtype: Dtype, check_with: list[str]) -> Exported:
+    from mllm.export.adapter import write
+
+    return write(model, folder, dtype, check_with)
+
+
+FORMS = {"transformers": to_transformers, "merged": to_merged, "adapter": to_adapter, "gguf": to_gguf}

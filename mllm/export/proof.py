@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from mllm.export.environments import Environment
-from mllm.export.trained import Trained
+from mllm.export.trained import Trained, round_weights
 from mllm.generate import Assistant
 from mllm.types import Mark, Message, Sample
 
@@ -83,8 +83,7 @@ def picture(path: Path, size: tuple[int, int]) -> str:
 @torch.inference_mode()
 def write_reference(trained: Trained, folder: Path, dtype: torch.dtype) -> None:
     """What our own model says, with weights rounded as the exported ones are."""
-    for parameter in trained.model.parameters():  # no buffer: rotary frequencies stay in float32 there too
-        parameter.data = parameter.data.to(dtype).float()
+    round_weights(trained.model, dtype)
     assistant = Assistant(trained.model, trained.processor)
     tensors, told = {}, []
     for number, sample in enumerate(questions(folder)):

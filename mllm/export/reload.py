@@ -11,6 +11,7 @@ impossible to import.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import sys
 import traceback
@@ -50,6 +51,8 @@ def compare(folder: str, reference: str) -> dict[str, Any]:
 
     logging.set_verbosity_error()
     torch.manual_seed(0)
+    adapter = folder if os.path.exists(f"{folder}/adapter_config.json") else ""
+    folder = f"{folder}/base" if adapter else folder
     with open(f"{folder}/config.json") as file:
         options = {"trust_remote_code": True} if "auto_map" in json.load(file) else {}
     with open(f"{reference}/reference.json") as file:
@@ -60,8 +63,13 @@ def compare(folder: str, reference: str) -> dict[str, Any]:
         folder, dtype=torch.float32, output_loading_info=True, **options
     )
     model, keys = loaded
+    name = type(model).__name__
+    if adapter:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter)
     model.eval()
-    found: dict[str, Any] = {**versions(), "class": type(model).__name__, "keys": problems(keys), "samples": []}
+    found: dict[str, Any] = {**versions(), "class": name, "keys": problems(keys), "samples": []}
     with torch.inference_mode():
         for number, sample in enumerate(told["samples"]):
             own = {k.partition("/")[2]: v for k, v in ours.items() if k.startswith(f"{number}/")}

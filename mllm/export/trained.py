@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mllm.config import RunConfig, load_config, stage_config
@@ -20,7 +21,7 @@ from mllm.models.fused_encoder import FusedEncoder
 from mllm.models.multimodal import MultimodalLM
 from mllm.models.quantised import dequantise, is_quantised
 from mllm.models.vision_encoder import VisionEncoder
-from mllm.train.adapters import merge_lora
+from mllm.train.adapters import is_adapted, merge_lora
 from mllm.train.stage_folder import load_stage
 
 
@@ -63,8 +64,10 @@ class Trained:
         return whole
 
 
-def load(name: str) -> Trained:
-    """Read a stage and merge its adapter.
+def load(name: str, with_adapter: bool = True, rounded_to: torch.dtype | None = None) -> Trained:
+    """Read a stage and merge its adapters; without the LLM's adapter if it is not wanted.
+
+    `rounded_to` rounds the weights below an adapter before it is merged.
 
     Raises:
         ValueError: there is no such stage, or its weights were drawn at random.
@@ -79,7 +82,20 @@ def load(name: str) -> Trained:
     exact = parts if parts.quantisation else replace(parts, dtype="float32")
     model = build_model(exact, processor.image_token_id)
     load_stage(model, folder)
+    if rounded_to:
+        round_weights(model, rounded_to)
+    if not with_adapter and is_adapted(model.llm):
+        model.llm = model.llm.unload()
     merge_lora(model)
     if is_quantised(model.llm):
         dequantise(model.llm)
+        model.llm.differs_from_hub = True
     return Trained(folder, config, parts, model.float().eval().requires_grad_(False), processor)
+
+
+def round_weights(model: MultimodalLM, dtype: torch.dtype) -> None:
+    """As if they had been written in `dtype` and read in float32. No buffer: rotary frequencies stay as they are in
+    every loader; no adapter."""
+    for name, parameter in model.named_parameters():
+        if ".lora_" not in name and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype).float()

@@ -38,6 +38,10 @@ def write(model: str, folder: Path, dtype: Dtype, check_with: list[str]) -> Expo
     )
 
 
+def exported_as(home: Home) -> str:
+    return home.architecture or remote_code.ARCHITECTURE
+
+
 def notes(home: Home, left_out: str) -> tuple[str, ...]:
     """What a user has to know beside the proofs."""
     remote = "" if home.is_stock else "remote code: load it with trust_remote_code=True, after reading its Python files"
