@@ -44,6 +44,8 @@ class RunConfig(Schema):
     """Empty the output folder first, if it is used."""
     dry_run: bool = False
     """Say everything that is said before the first step, then stop."""
+    json: Path | None = None
+    """A file that gets the numbers that are said before the first step."""
 
     def parts(self) -> ModelConfig:
         """The model section, its own or the earlier stage's."""
@@ -121,7 +123,7 @@ def validate(raw: Any, source: str) -> RunConfig:
 
 def dump_config(config: RunConfig) -> str:
     """The merged config as YAML that `load_config` reads back; how the run was started is left out."""
-    raw = TypeAdapter(RunConfig).dump_python(config, mode="json", exclude={"resume", "overwrite", "dry_run"})
+    raw = TypeAdapter(RunConfig).dump_python(config, mode="json", exclude={"resume", "overwrite", "dry_run", "json"})
     return yaml.safe_dump({**raw, "model": TypeAdapter(ModelConfig).dump_python(config.parts())}, sort_keys=False)
 
 

@@ -34,9 +34,11 @@ from mllm.models.multimodal import MultimodalLM
 from mllm.quiet import quiet_libraries
 from mllm.train import checkpointing, engine, held_out, trackers
 from mllm.train.checkpoint import checkpoints
+from mllm.train.forecast import forecast
 from mllm.train.ledger import Quarantine
 from mllm.train.loop import deal, make_plan, num_steps
-from mllm.train.preflight import preflight
+from mllm.train.needs import refuse, tell
+from mllm.train.preflight import numbers, preflight
 from mllm.train.stage_folder import FINISHED, needs_weights, save_stage
 
 if TYPE_CHECKING:
@@ -159,9 +161,17 @@ def check_run(
     deal(accelerator, index, plan, processor, config.train)
     with console(accelerator).status("counting the steps"):
         steps = num_steps(plan, config.train)
-    preflight(console(accelerator), model, config.train.learning_rate, index, plan, processor, steps)
+    rates = config.train.learning_rate
+    known = preflight(console(accelerator), model, rates, index, plan, processor, steps)
     for words in checkpointing.advice(model, config.train.gradient_checkpointing):
         console(accelerator).print(f"[bold yellow]warning[/]: {words}")
+    needs = forecast(accelerator, model, known, plan, processor, config.train, steps)
+    tell(console(accelerator), needs, whole=config.dry_run)
+    if config.json and accelerator.is_main_process:
+        told = {**numbers(model, rates, known, plan, processor, steps), **needs.as_json()}
+        config.json.write_text(json.dumps(told, indent=1) + "\n")
+    if not config.dry_run:
+        refuse(needs)
 
 
 def open_stage(accelerator: Accelerator, config: RunConfig, index: Index | Stream) -> None:

@@ -243,6 +243,20 @@ def test_dry_run_writes_nothing(hub: Path, tmp_path: Path, capsys: Any) -> None:
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_dry_run_tells_memory_time_and_disk_also_as_json(hub: Path, tmp_path: Path, capsys: Any) -> None:
+    config = write_config(tmp_path, hub, write_llava(tmp_path), "align", save_every=1)
+    assert in_process("pretrain", "--config", config, "--dry_run", "--json", tmp_path / "told.json") == 0
+    text = capsys.readouterr().out
+    for words in ("largest micro-batch", "a rank at the peak", "tokens/s", "activations", "checkpoints of"):
+        assert words in text
+    told = json.loads((tmp_path / "told.json").read_text())
+    assert told["memory_per_rank"]["peak"] == sum(told["memory_per_rank"]["parts"].values())
+    assert told["parts"]["connector"]["trained"] > 0 == told["parts"]["llm"]["trained"]
+    assert (told["steps"], told["visual_tokens_per_image"], told["fits"]) == (3, 4, True)
+    assert told["eta_seconds"] == pytest.approx(3 * told["seconds_per_step"])
+    assert not (tmp_path / "align").exists()
+
+
 def test_dry_run_indexes_for_the_run_that_follows(hub: Path, tmp_path: Path, monkeypatch: Any) -> None:
     config = write_config(tmp_path, hub, write_llava(tmp_path), "align")
     flags = ["--config", config, "--data.index_dir", tmp_path / "counts"]

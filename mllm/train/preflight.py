@@ -1,12 +1,12 @@
-"""What is printed before the first step, and what stops a run there.
+"""What is printed before the first step.
 
 Enters: the model, the index or stream, the plan and the processor. Leaves: a table of what trains, the numbers of the
-run, one sample rendered with its mask; or a `ValueError` that shows the mask, if the share of supervised tokens is odd.
+run, one sample rendered with its mask. What is checked meanwhile is `supervision`, what is predicted `forecast`.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
@@ -24,16 +24,15 @@ from mllm.data.streams.plan import StreamPlan
 from mllm.data.streams.reader import Stream
 from mllm.models.multimodal import MultimodalLM
 from mllm.models.vocabulary import untrained_tokens
+from mllm.train.supervision import check_supervised_share, render_mask, supervised_share
 from mllm.train.trainable import LearningRates, parts, refinements
-from mllm.types import IGNORE_INDEX, Sample
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-LOWEST_SHARE, HIGHEST_SHARE = 0.0005, 0.98
-"""Supervised share of the text tokens. Above: the mask covers the prompt as well. Below: nearly nothing is learned
-from."""
-SHOWN_TOKENS = 160
+
+SHOWN = ("trained", "frozen", "rate")
+"""Of a part."""
 
 
 def preflight(
@@ -44,8 +43,9 @@ def preflight(
     plan: Plan | StreamPlan,
     processor: Processor,
     steps: int,
-) -> None:
-    """Print the run; refuse it if the labels are odd. Of a stream the first samples are all that is known."""
+) -> Index | Look:
+    """Print the run; refuse it if the labels are odd. Of a stream the first samples are all that is known: it gives
+    back what is."""
     console.print(parts_table(model, rates))
     known = look(index) if isinstance(index, Stream) else index
     if isinstance(known, Look):
@@ -61,6 +61,36 @@ def preflight(
         Text.assemble("first sample (supervised in green): ", render_mask(processor, sample, plan.seq_length))
     )
     check_supervised_share(known, processor, plan.seq_length)
+    return known
+
+
+def numbers(
+    model: MultimodalLM,
+    rates: LearningRates,
+    known: Index | Look,
+    plan: Plan | StreamPlan,
+    processor: Processor,
+    steps: int,
+) -> dict[str, Any]:
+    """The same as JSON; what nobody knows of a stream is null."""
+    counted: dict[str, Any] = {"samples": None, "images": None, "tokens": None, "fill": None}
+    if isinstance(known, Index) and isinstance(plan, Plan):
+        tokens = int(known.length.sum(dtype=np.int64))
+        counted = {
+            "samples": known.tally.summary(),
+            "images": known.num_images,
+            "tokens": tokens,
+            "fill": plan.fill(),
+        }
+    return {
+        "parts": {part.name: {name: getattr(part, name) for name in SHOWN} for part in parts(model, rates)},
+        **counted,
+        "visual_tokens_per_image": processor.num_visual_tokens,
+        "supervised_share": supervised_share(known, processor),
+        "steps": steps,
+        "rows_per_step": plan.rows_per_step,
+        "seq_length": plan.seq_length,
+    }
 
 
 def parts_table(model: MultimodalLM, rates: LearningRates) -> Table:
@@ -120,53 +150,3 @@ def table_of(rows: Iterable[tuple[str, str]]) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
-
-
-def supervised_share(index: Index | Look, processor: Processor) -> float:
-    """Supervised tokens among those that are text."""
-    text = index.length.sum(dtype=np.int64) - index.num_images * processor.num_visual_tokens
-    return float(index.supervised.sum(dtype=np.int64) / max(1, text))
-
-
-def check_supervised_share(index: Index | Look, processor: Processor, seq_length: int) -> None:
-    """Stop where the mask is wrong, and show it.
-
-    Raises:
-        ValueError: a sample has no supervised token, or the share over all is out of range.
-    """
-    silent = np.flatnonzero(index.supervised == 0)
-    share = supervised_share(index, processor)
-    if not len(silent) and LOWEST_SHARE <= share <= HIGHEST_SHARE:
-        return
-    shown = index.sample(int(silent[0]) if len(silent) else 0)
-    what = "has no supervised token" if len(silent) else f"is one of samples whose supervised share is {share:.2%}"
-    raise ValueError(
-        f"{shown.where} {what}: the chat template of {processor.tokenizer.name_or_path} does not mark the assistant's "
-        f"words as expected (supervised tokens stand between [[ and ]]):\n{mask_text(processor, shown, seq_length)}"
-    )
-
-
-def segments(processor: Processor, sample: Sample, seq_length: int) -> list[tuple[str, bool]]:
-    """Decoded runs of tokens, each supervised or not; an image's slots are one short word."""
-    ids, labels = processor.encode(sample, seq_length)
-    runs: list[tuple[list[int], bool]] = []
-    for token, label in zip(ids[:SHOWN_TOKENS], labels, strict=False):
-        if token == processor.image_token_id and runs and runs[-1][0][-1] == token:
-            continue
-        if not runs or runs[-1][1] != (label != IGNORE_INDEX):
-            runs.append(([], label != IGNORE_INDEX))
-        runs[-1][0].append(token)
-    return [(str(processor.tokenizer.decode(tokens)), is_supervised) for tokens, is_supervised in runs]
-
-
-def render_mask(processor: Processor, sample: Sample, seq_length: int) -> Text:
-    """One sample with its supervised words in green."""
-    text = Text()
-    for words, is_supervised in segments(processor, sample, seq_length):
-        text.append(words, style="bold green" if is_supervised else "dim")
-    return text
-
-
-def mask_text(processor: Processor, sample: Sample, seq_length: int) -> str:
-    """One sample with its supervised words in double brackets."""
-    return "".join(f"[[{words}]]" if marked else words for words, marked in segments(processor, sample, seq_length))

@@ -70,6 +70,9 @@ class TrainConfig(Schema):
     """The name of the run in `wandb` and `trackio`; where it is not set, the last two parts of `output_dir`."""
     guard: GuardConfig = field(default_factory=GuardConfig)
     """What happens where a loss or gradient is not finite, or a loss leaps."""
+    probe: bool = True
+    """Before the first step, compute the largest micro-batch once: what does not fit fails there, and the time of a
+    step is known. Changes no result."""
     save_every: Positive | None = None
     """Steps between checkpoints; none where it is not set."""
     seed: int = 0

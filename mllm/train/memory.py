@@ -1,0 +1,294 @@
+"""How much memory a step takes on one rank, told before anything is computed.
+
+Enters: a model in which it is chosen what trains, the shape of the largest micro-batch, the settings and what the
+launcher chose. Leaves: bytes at the moment of the peak, by what they are for.
+
+The forward and the backward pass run on tensors without data, through the model's own code, so that what autograd
+keeps is what it will keep (gradient checkpointing, adapters, precision and frozen weights included). Weights,
+gradients and moments follow from counts and from how they are dealt to the ranks. A model of 7B parameters is
+predicted on a laptop: its weights may lie on torch's meta device.
+
+B rows, S tokens of a row, N images, K supervised positions, V visual tokens an image, D width of the LLM.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from mllm.models.multimodal import MultimodalLM
+from mllm.train.tracker import Tracker
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a micro-batch: all that its memory depends on."""
+
+    rows: int
+    length: int
+    """S, padding included."""
+    images: int
+    supervised: int
+    """K over all rows."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the launcher and the settings make of a step."""
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    ranks: int = 1
+    stage: int = 0
+    """Of DeepSpeed's ZeRO, 0 without it; 3 stands for FSDP2 too."""
+    offload_moments: bool = False
+    """Moments and gradients lie in the computer's memory (ZeRO offload)."""
+    offload_weights: bool = False
+    bucket: int = 0
+    """Numbers in a bucket of ZeRO, in which gradients wait for the other ranks."""
+    accumulation: int = 1
+    mixed_precision: str = "no"
+    optimizer: str = "adamw"
+    frozen_dtype: torch.dtype | None = None
+    """Of frozen weights, if it is to be another than theirs."""
+    feature_cache: int = 0
+    """Bytes that kept features may take, where they lie on the device itself (a CPU)."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank at the moment when it holds most."""
+
+    parts: dict[str, int]
+    """What for -> bytes."""
+    phases: dict[str, int]
+    """Part of the step -> the most that is held in it."""
+
+    @property
+    def peak(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def moment(self) -> str:
+        """The part of the step that needs most."""
+        return max(self.phases, key=lambda name: self.phases[name])
+
+
+class Shadow(nn.Module):
+    """The objective with counts in the place of what depends on data: which positions hold an image or a label. Runs
+    forward and backward in one call, so that layers which are computed again find the same weights."""
+
+    def __init__(self, model: MultimodalLM, tracker: Tracker, setup: Setup) -> None:
+        super().__init__()
+        self.model, self.tracker, self.setup = model, tracker, setup
+
+    def forward(self, batch: dict[str, Tensor], supervised: int) -> None:
+        mixed = self.setup.mixed_precision == "bf16"
+        with torch.autocast(self.setup.device.type, torch.bfloat16) if mixed else nullcontext():
+            loss = self.loss(batch, supervised)
+        with self.tracker.during("backward"):
+            loss.backward()
+
+    def loss(self, batch: dict[str, Tensor], supervised: int) -> Tensor:
+        """As `MultimodalLM.forward` and `NextToken.forward` compute it."""
+        model, ids = self.model, batch["input_ids"]
+        with self.tracker.during("encoder"):
+            features = model.vision_encoder(batch["pixel_values"])  # [N, P, Dv]
+        with self.tracker.during("forward"):
+            visual = model.connector(features.to(next(model.connector.parameters()).dtype))  # [N, V, D]
+            is_placeholder = ids == model.image_token_id  # [B, S]
+            embeddings = model.llm.get_input_embeddings()(ids.masked_fill(is_placeholder, 0))  # [B, S, D]
+            flat = visual.flatten(0, 1).to(embeddings.dtype)
+            embeddings = embeddings.masked_scatter(is_placeholder.unsqueeze(-1), flat)
+            del features, visual, flat
+            decoder = model.llm.get_decoder()
+            hidden = decoder(
+                inputs_embeds=embeddings, position_ids=batch["position_ids"], use_cache=False
+            ).last_hidden_state  # [B, S, D]
+        with self.tracker.during("loss"):
+            place = torch.empty(supervised, dtype=torch.int64, device=ids.device)
+            logits = model.logits(hidden[:, :-1][place, place])  # [K, vocabulary]
+            losses = cross_entropy(logits.float(), place, reduction="none")
+            return (losses * torch.empty_like(losses)).sum()
+
+
+def predict(model: MultimodalLM, shape: Shape, setup: Setup) -> Memory:
+    """The peak of one rank in a step whose largest micro-batch has that shape.
+
+    Raises:
+        NotImplementedError: the model's own code cannot run on tensors without data; says why.
+    """
+    phases = trace(model, shape, setup)
+    standing = stand(model, setup) + Counter(batches=batch_bytes(model, shape, setup))
+    phases["update"] = Counter({"gradients": trained_bytes(model), "temporaries": update_temporaries(model, setup)})
+    held = {name: standing + dealt(model, name, alive, setup) for name, alive in phases.items()}
+    most = max(held.values(), key=Counter.total)
+    totals = {name: parts.total() for name, parts in held.items()}
+    totals["backward"] = max(totals["backward"], totals.pop("reduce", 0))
+    return Memory({part: most[part] for part in PARTS if most[part]}, totals)
+
+
+def trace(model: MultimodalLM, shape: Shape, setup: Setup) -> dict[str, Counter[str]]:
+    """For each phase of a micro-batch, what is alive at its peak beside what stands: by the phase that made it."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    device = setup.device
+    was, model.feature_cache = model.feature_cache, None
+    try:
+        with FakeTensorMode(), torch.enable_grad():
+            weights = {name: fake(tensor, setup) for name, tensor in named_tensors(model)}
+            batch = batch_without_data(model, shape, device)
+            with Tracker([*weights.values(), *batch.values()]) as tracker:
+                for weight in weights.values():
+                    if weight.requires_grad:
+                        watch_gradient(weight, tracker, setup.accumulation > 1)
+                torch.func.functional_call(Shadow(model, tracker, setup), prefixed(weights), (batch, shape.supervised))
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise NotImplementedError(f"{type(model.llm).__name__} does not run without data: {first}") from error
+    finally:
+        model.feature_cache = was
+    return {name: named(alive) for name, alive in tracker.peaks.items()}
+
+
+NAMES = {
+    "forward": "activations",
+    "loss": "logits and loss",
+    "backward": "temporaries",  # gradients of activations, on their way
+    "reduce": "temporaries",  # the same, behind the first gradient of a weight
+}
+"""What is made in a phase -> what it is called."""
+STANDING = ("weights", "gathered weights", "moments", "buckets", "batches")
+PARTS = (*STANDING, "gradients", "encoder", "activations", "logits and loss", "temporaries")
+
+
+def named(alive: Counter[str]) -> Counter[str]:
+    found: Counter[str] = Counter()
+    for phase, count in alive.items():
+        found[NAMES.get(phase, phase)] += count
+    return found
+
+
+def watch_gradient(weight: Tensor, tracker: Tracker, is_there: bool) -> None:
+    """Let the tracker tell a gradient from what passes on the way to it; `is_there`: an earlier micro-batch left one.
+    From the first one on buckets are filled."""
+    if is_there:
+        weight.grad = torch.empty_like(weight)
+        tracker.count(weight.grad, "gradients")
+
+    def arrived(parameter: Any) -> None:
+        tracker.phase = "reduce"
+        tracker.count(parameter.grad, "gradients")
+
+    weight.register_post_accumulate_grad_hook(arrived)
+
+
+def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+def prefixed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"model.{name}": tensor for name, tensor in weights.items()}
+
+
+def fake(tensor: Any, setup: Setup) -> Tensor:
+    """One without data, of the size that the whole tensor has on the device."""
+    shape = getattr(tensor, "ds_shape", tensor.shape)  # ZeRO stage 3 leaves an empty shard in its place
+    new = torch.empty(shape, dtype=held_as(tensor, setup), device=setup.device)
+    return new.requires_grad_(tensor.requires_grad)
+
+
+def held_as(tensor: Tensor, setup: Setup) -> torch.dtype:
+    """The type of a weight's numbers on the device."""
+    keep = tensor.requires_grad or not isinstance(tensor, nn.Parameter) or not tensor.is_floating_point()
+    return tensor.dtype if keep else setup.frozen_dtype or tensor.dtype
+
+
+def batch_without_data(model: MultimodalLM, shape: Shape, device: torch.device) -> dict[str, Tensor]:
+    """What a micro-batch of that shape holds on the device; a blank image where it has none."""
+    side = model.vision_encoder.grid.side
+    tokens = {
+        name: torch.empty(shape.rows, shape.length, dtype=torch.int64, device=device)
+        for name in ("input_ids", "labels", "position_ids")
+    }
+    pixels = torch.uint8 if model.vision_encoder.normalisation else torch.float32
+    return {**tokens, "pixel_values": torch.empty(max(1, shape.images), 3, side, side, dtype=pixels, device=device)}
+
+
+def batch_bytes(model: MultimodalLM, shape: Shape, setup: Setup) -> int:
+    """Of the micro-batches that lie on the device: of a step all where it is a CPU, else one."""
+    one = sum(map(size, batch_without_data(model, shape, torch.device("meta")).values()))
+    return one * (setup.accumulation if setup.device.type == "cpu" else 1)
+
+
+def stand(model: MultimodalLM, setup: Setup) -> Counter[str]:
+    """What lies there through the whole step: weights, moments, buckets."""
+    ranks, trained = setup.ranks, trained_bytes(model)
+    weights = weight_bytes(model, setup)
+    buffers = sum(map(size, model.buffers()))
+    moments = moment_bytes(model, setup.optimizer)
+    if not setup.stage:
+        buckets = trained if ranks > 1 else 0  # DDP keeps a copy of each gradient in its buckets
+        return Counter(weights=weights + buffers, moments=moments, buckets=buckets)
+    if setup.stage == 3:
+        weights = 0 if setup.offload_weights else weights // ranks
+    copies = (moments + trained) // ranks  # DeepSpeed steps a float32 copy of its share, also of float32 weights
+    buckets = 4 * setup.bucket if setup.stage == 3 else 0
+    moments = 0 if setup.offload_moments else copies
+    return Counter(weights=weights + buffers, moments=moments, buckets=buckets)
+
+
+def dealt(model: MultimodalLM, phase: str, alive: Counter[str], setup: Setup) -> Counter[str]:
+    """What a rank holds of what passes. Stages 2 and 3 keep a share of the gradients; 1 and 2 fill a bucket from the
+    first gradient on; 3 puts weights together while they are used."""
+    mine = Counter(alive)
+    if setup.stage >= 2:
+        mine["gradients"] = 0 if setup.offload_moments else alive["gradients"] // setup.ranks
+    if setup.stage in (1, 2) and phase == "reduce":
+        mine["buckets"] = 4 * setup.bucket
+    if setup.stage == 3 and phase != "update":
+        weights = weight_bytes(model, setup)
+        absent = weights if setup.offload_weights else weights - weights // setup.ranks
+        mine["gathered weights"] = min(absent, 4 * setup.bucket + 2 * largest_layer(model, setup))
+    return mine
+
+
+def largest_layer(model: nn.Module, setup: Setup) -> int:
+    """Bytes of the weights of one layer."""
+    layers = [layer for stack in model.modules() if isinstance(stack, nn.ModuleList) for layer in stack]
+    return max((weight_bytes(layer, setup) for layer in layers), default=0)
+
+
+def weight_bytes(model: nn.Module, setup: Setup) -> int:
+    """All weights, whole."""
+    return sum(size(parameter, held_as(parameter, setup)) for parameter in model.parameters())
+
+
+def moment_bytes(model: nn.Module, optimizer: str) -> int:
+    """AdamW keeps two numbers for each that trains, Muon one for a matrix."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return sum(size(p) * (1 if optimizer == "muon" and p.ndim == 2 else 2) for p in trained)
+
+
+def update_temporaries(model: nn.Module, setup: Setup) -> int:
+    """What the optimiser computes on the way: AdamW the root of the second moment, one parameter at a time on a CPU
+    and all of them at once on a GPU."""
+    trained = [size(p) for p in model.parameters() if p.requires_grad]
+    if setup.device.type == "cpu" or setup.stage:
+        return 2 * max(trained) // (setup.ranks if setup.stage else 1)
+    return sum(trained)
+
+
+def trained_bytes(model: nn.Module) -> int:
+    return sum(size(parameter) for parameter in model.parameters() if parameter.requires_grad)
+
+
+def size(tensor: Any, dtype: torch.dtype | None = None) -> int:
+    """Bytes of the whole tensor, or of one as large with numbers of that type."""
+    shape = getattr(tensor, "ds_shape", tensor.shape)
+    return int(shape.numel()) * (dtype or tensor.dtype).itemsize
