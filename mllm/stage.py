@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from rich.console import Console
 
-from mllm.config import RunConfig, dump_config
+from mllm.config import RunConfig, dump_config, load_config
 from mllm.data.held_out import index_held_out
 from mllm.data.index import Index, build_index
 from mllm.data.indexing.store import default_folder
@@ -32,8 +33,8 @@ from mllm.models.attention import check_isolation
 from mllm.models.build import build_model, check_llm, named, visual_tokens_per_image
 from mllm.models.multimodal import MultimodalLM
 from mllm.quiet import quiet_libraries
-from mllm.train import checkpointing, engine, held_out, trackers
-from mllm.train.checkpoint import checkpoints
+from mllm.train import checkpointing, durable, engine, held_out, trackers
+from mllm.train.checkpoint import checkpoints, newest
 from mllm.train.forecast import forecast
 from mllm.train.ledger import Quarantine
 from mllm.train.loop import deal, make_plan, num_steps
@@ -182,9 +183,16 @@ def open_stage(accelerator: Accelerator, config: RunConfig, index: Index | Strea
             remove(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / FINISHED).unlink(missing_ok=True)
-        (folder / "config.yaml").write_text(dump_config(config))
+        durable.heal(folder)
+        durable.heal(folder / "checkpoints")
+        durable.write_text(folder / "config.yaml", dump_config(config))
         Quarantine(folder).add([*index.faults, *(index.held_out.faults if index.held_out else [])])
     accelerator.wait_for_everyone()
+    if config.resume:
+        found = newest(folder)
+        console(accelerator).print(
+            f"resume: going on from {found}" if found else "resume: nothing saved yet, from step 0"
+        )
 
 
 def close_stage(accelerator: Accelerator, config: RunConfig, model: MultimodalLM, processor: Processor) -> None:
@@ -215,14 +223,31 @@ def check_output(config: RunConfig) -> None:
             f"{folder} holds a run already ({', '.join(used[:3])}): "
             f"--resume goes on with it, --overwrite starts again, --train.output_dir names another place"
         )
-    if config.resume and not checkpoints(folder):
+    if config.resume and (folder / FINISHED).exists() and not config.dry_run:
+        leave_if_finished(config)
+
+
+def leave_if_finished(config: RunConfig) -> None:
+    """A finished run is left as it is, and that is no error: a job that is started again and again ends so. One that
+    shall be longer than it was goes on from its newest checkpoint."""
+    folder = config.train.output_dir
+    was = load_config(folder / "config.yaml").train
+    if (was.steps, was.epochs) == (config.train.steps, config.train.epochs):
+        if os.environ.get("RANK", "0") == "0":
+            print(f"resume: {folder} is finished already, nothing is changed (--overwrite starts again)")
+        sys.exit(0)
+    if not checkpoints(folder):
         raise ValueError(
-            f"nothing to resume: {folder / 'checkpoints'} holds no checkpoint (train.save_every writes them)"
+            f"nothing to resume: {folder} is finished, and {folder / 'checkpoints'} holds no checkpoint from which it "
+            f"could be made longer (train.save_every writes them): --overwrite starts again"
         )
 
 
 def remove(folder: Path) -> None:
-    """Take away what stages write, and nothing else."""
+    """Take away what stages write, and nothing else. The checkpoints go in one act, and before what tells of them: what
+    is left of a removal that was cut off cannot be resumed."""
+    if (folder / "checkpoints").exists():
+        durable.remove(folder / "checkpoints")
     for name in WRITTEN:
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

@@ -214,10 +214,49 @@ def test_resume_and_overwrite_together_are_refused(used: Path, capsys: Any) -> N
     assert "give one of them" in capsys.readouterr().err
 
 
-def test_resume_without_a_checkpoint_says_so(hub: Path, tmp_path: Path, capsys: Any) -> None:
-    config = write_config(tmp_path, hub, write_llava(tmp_path), "align")
-    assert in_process("pretrain", "--config", config, "--resume") == 2
+def test_resume_where_nothing_is_saved_yet_starts_from_the_first_step_and_says_so(
+    hub: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """The same command line from the first start on: a job may be killed before its first checkpoint."""
+    config = write_config(tmp_path, hub, write_llava(tmp_path), "align", save_every=2)
+    assert in_process("pretrain", "--config", config, "--resume") == 0
+    assert "nothing saved yet, from step 0" in capsys.readouterr().out
+    first = lines(tmp_path / "align")
+    shutil.rmtree(tmp_path / "align" / "checkpoints")
+    (tmp_path / "align" / "connector.safetensors").unlink()  # as if it had been killed in its first steps
+    assert in_process("pretrain", "--config", config, "--resume") == 0
+    assert "nothing saved yet, from step 0" in capsys.readouterr().out
+    assert [line["loss"] for line in lines(tmp_path / "align")] == [line["loss"] for line in first]
+
+
+def test_resume_of_a_finished_run_says_so_and_changes_nothing(used: Path, capsys: Any) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (used.parent / "align").rglob("*")}
+    assert in_process("pretrain", "--config", used, "--resume") == 0
+    assert "is finished already" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in (used.parent / "align").rglob("*")} == before
+
+
+def test_finished_run_is_made_longer_from_its_newest_checkpoint(used: Path, capsys: Any) -> None:
+    before = lines(used.parent / "align")
+    assert in_process("pretrain", "--config", used, "--resume", "--train.steps", 6) == 0
+    assert "going on from" in capsys.readouterr().out
+    assert lines(used.parent / "align")[:4] == before
+    assert [line["step"] for line in lines(used.parent / "align")] == [1, 2, 3, 4, 5, 6]
+    shutil.rmtree(used.parent / "align" / "checkpoints")
+    assert in_process("pretrain", "--config", used, "--resume", "--train.steps", 8) == 2
     assert "nothing to resume" in capsys.readouterr().err
+    Assistant.load(used.parent / "align")
+
+
+def test_resume_with_no_whole_checkpoint_is_an_error_that_names_each(used: Path, capsys: Any) -> None:
+    (used.parent / "align" / "connector.safetensors").unlink()
+    for step in (2, 4):
+        (used.parent / "align" / "checkpoints" / f"step-{step}" / "optimizer.pt").write_bytes(b"")
+    assert in_process("pretrain", "--config", used, "--resume") == 2
+    said = capsys.readouterr().err
+    assert "step-2: optimizer.pt has 0 bytes" in said
+    assert "step-4: optimizer.pt has 0 bytes" in said
+    assert len(lines(used.parent / "align")) == 4
 
 
 def test_output_folder_that_is_a_file_is_refused(hub: Path, tmp_path: Path, capsys: Any) -> None:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from mllm.data.collate import collate, stack_pixels
 from mllm.data.index import Index, build_index
@@ -24,6 +24,7 @@ from mllm.data.other_pictures import Picture, lenders, picture
 from mllm.data.packing import join, pack
 from mllm.data.processor import Processor
 from mllm.data.streams.reader import Stream
+from mllm.data.workers import read_ahead
 from mllm.types import Batch, Example, Fault
 
 SEED = 0
@@ -109,4 +110,4 @@ class HeldOutBatches(Dataset[Asked]):
 
     def read(self, num_workers: int) -> Iterator[Asked]:
         """All micro-batches of this rank."""
-        return iter(DataLoader(self, batch_size=None, sampler=self.items, num_workers=num_workers))
+        return read_ahead(self, self.items, num_workers)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import torch
 from pydantic import Discriminator, Tag
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from mllm.data.collate import collate
 from mllm.data.formats import SourceConfig
@@ -23,6 +23,7 @@ from mllm.data.packing import join
 from mllm.data.plan import Plan
 from mllm.data.planning.mixture import MixtureConfig
 from mllm.data.processor import ImageFit, Processor
+from mllm.data.workers import read_ahead
 from mllm.schema import Fraction, NotNegativeInt, Positive, Schema
 from mllm.types import IGNORE_INDEX, Batch, Example, Fault, Sample
 
@@ -163,12 +164,5 @@ def batches(
     dataset: PlannedBatches | StreamedBatches, first_step: int, last_step: int, num_workers: int
 ) -> Iterator[Batch]:
     """The micro-batches of this rank from `first_step` up to, not including, `last_step`."""
-    loader = DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=dataset.items(first_step, last_step),
-        num_workers=num_workers,
-        persistent_workers=False,
-        pin_memory=torch.cuda.is_available(),
-    )
-    return iter(loader)
+    items = dataset.items(first_step, last_step)
+    return read_ahead(dataset, items, num_workers, pin_memory=torch.cuda.is_available())

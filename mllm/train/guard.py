@@ -21,7 +21,8 @@ from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any, Literal
 
 from mllm.schema import NotNegative, Positive, Schema
-from mllm.train.metrics import keep_before, whole_lines
+from mllm.train.durable import read_lines
+from mllm.train.metrics import keep_before
 from mllm.types import Batch
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class Guard:
 
         told: list[Any] = [None]
         if accelerator.is_main_process:
-            lines = [line for line in whole_lines(self.folder / "metrics.jsonl") if line["step"] <= first_step]
+            lines = [line for line in read_lines(self.folder / "metrics.jsonl") if line["step"] <= first_step]
             told = [[(line["loss"], line.get("steps_skipped", 0)) for line in lines]]
             keep_before(self.folder / "guard.jsonl", first_step)
         self.remember(broadcast_object_list(told)[0])

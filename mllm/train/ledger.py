@@ -18,6 +18,7 @@ from mllm.data.index import SHOWN
 from mllm.data.indexing.tally import IN_A_ROW, Tally
 from mllm.data.plan import Plan
 from mllm.data.streams.plan import StreamPlan
+from mllm.train import durable
 from mllm.types import Batch, Fault
 
 if TYPE_CHECKING:
@@ -29,18 +30,10 @@ class Quarantine:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "quarantine.jsonl"
-        self.lines = self.whole_lines()
+        self.lines = durable.read_lines(self.path)
+        if self.path.exists():  # without the half line that a run that was killed may leave
+            durable.write_lines(self.path, self.lines)
         self.known = {self.name(line) for line in self.lines}
-
-    def whole_lines(self) -> list[dict[str, Any]]:
-        """What stands there; half a line, which a run that was killed may leave, is cut off."""
-        if not self.path.exists():
-            return []
-        text = self.path.read_text()
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:
-            self.path.write_text(whole)
-        return [json.loads(line) for line in whole.splitlines()]
 
     def add(self, faults: Iterable[Fault], step: int | None = None) -> None:
         """Append what does not stand there; `step` is the one that met it, None where reading did."""
@@ -126,4 +119,4 @@ class Ledger:
         )
 
     def write(self) -> None:
-        (self.folder / "ledger.json").write_text(json.dumps(self.tally.summary(), indent=1) + "\n")
+        durable.write_text(self.folder / "ledger.json", json.dumps(self.tally.summary(), indent=1) + "\n")

@@ -37,6 +37,8 @@ from mllm.train.ledger import Ledger
 from mllm.train.losses import NextToken
 from mllm.train.metrics import Metrics
 from mllm.train.optimizer import make_optimizer
+from mllm.train.preemption import Preemption
+from mllm.train.retention import metric
 from mllm.train.schedule import rate_factor, rates, set_rates
 from mllm.train.settings import TrainConfig
 from mllm.train.step import optimise
@@ -122,12 +124,13 @@ def fit(
     if isinstance(index, Stream) and accelerator.is_main_process:
         index.tell = ledger.quarantine.add
     guard, room = Guard(train.guard, train.output_dir), Room()
-    if first_step:
+    if resume:
         ledger.resume(accelerator, first_step)
         guard.resume(accelerator, first_step)
     micro_batches = batches(dataset, first_step, last_step, data.num_workers)
-    sources = labels(index.sources)
-    with Metrics(accelerator, train, first_step, last_step) as metrics:
+    sources, is_main = labels(index.sources), accelerator.is_main_process
+    preemption = Preemption(accelerator, last_step)
+    with preemption, Metrics(accelerator, train, first_step, last_step) as metrics:
         held_out = HeldOut(accelerator, index.held_out, processor, data, train, last_step, metrics.say)
         for step in range(first_step, last_step):
             torch.manual_seed(step_seed(train.seed, step, accelerator.process_index))
@@ -149,13 +152,18 @@ def fit(
             numbers |= held_out.at(step + 1, objective, model)
             ledger.note(accelerator, block, plan, step)
             metrics.step(step + 1, {**numbers, "skipped": ledger.tally.holes.total()})
-            if train.save_every and (step + 1) % train.save_every == 0:
-                is_main = accelerator.is_main_process
-                position = plan.position(step + 1) if is_main else None
-                save_checkpoint(train.output_dir, step + 1, model, optimizer, trained, name, position, is_main)
-    if accelerator.is_main_process:
+            if preemption.stops(step + 1) or (train.save_every and (step + 1) % train.save_every == 0):
+                position, loss = (plan.position(step + 1), metric(metrics.lines)) if is_main else (None, None)
+                keep = train.keep_last, train.keep_best
+                save_checkpoint(
+                    train.output_dir, step + 1, model, optimizer, trained, name, position, is_main, loss, *keep
+                )
+            if preemption.step:
+                break
+    if is_main:
         ledger.write()
     accelerator.wait_for_everyone()
+    preemption.leave(train.output_dir)
 
 
 def make_cache(train: TrainConfig) -> FeatureCache | None:

@@ -7,7 +7,6 @@ Enters: the numbers of each step. Leaves: the files in the stage folder. Only ra
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from mllm.train import durable
 from mllm.train.picture import draw_loss
 from mllm.train.screen import flat, sentence
 from mllm.train.trackers import Tracking
@@ -33,7 +33,7 @@ class Metrics:
 
     def __init__(self, accelerator: Accelerator, train: TrainConfig, first_step: int, last_step: int) -> None:
         self.folder, self.is_main = train.output_dir, accelerator.is_main_process
-        told = whole_lines(self.folder / "metrics.jsonl") if self.is_main else []
+        told = durable.read_lines(self.folder / "metrics.jsonl") if self.is_main else []
         self.tracking = Tracking(accelerator, train, first_step, told[-1]["step"] if told else 0)
         self.lines = keep_before(self.folder / "metrics.jsonl", first_step) if self.is_main else []
         self.first_step, self.last_step = first_step, last_step
@@ -96,23 +96,8 @@ class Metrics:
 
 
 def keep_before(path: Path, step: int) -> list[dict[str, Any]]:
-    """The lines of the steps up to that one, after cutting the file there: a resumed run writes the later ones anew.
-
-    A run that is killed here leaves the old file or the new one, whole.
-    """
-    lines = whole_lines(path)
-    kept = [line for line in lines if line["step"] <= step]
+    """The lines of earlier steps, after cutting the file there: a resumed run writes the later ones anew."""
+    kept = [line for line in durable.read_lines(path) if line["step"] <= step]
     if path.exists():
-        beside = path.with_name(f".{path.name}")
-        with beside.open("w") as file:
-            file.writelines(json.dumps(line) + "\n" for line in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
+        durable.write_lines(path, kept)
     return kept
-
-
-def whole_lines(path: Path) -> list[dict[str, Any]]:
-    """What stands in the file; half a line, which a run that was killed may leave at its end, has no newline."""
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from mllm.schema import Fraction, NotNegative, Positive, Schema
+from mllm.schema import Fraction, NotNegative, NotNegativeInt, Positive, Schema
 from mllm.train.adapters import Lora
 from mllm.train.checkpointing import Checkpointing
 from mllm.train.guard import GuardConfig
 from mllm.train.losses import Reduction
 from mllm.train.optimizer import OptimizerName
+from mllm.train.retention import KEEP
 from mllm.train.schedule import Schedule
 from mllm.train.trackers import Trackers
 from mllm.train.trainable import LearningRates
@@ -74,7 +75,12 @@ class TrainConfig(Schema):
     """Before the first step, compute the largest micro-batch once: what does not fit fails there, and the time of a
     step is known. Changes no result."""
     save_every: Positive | None = None
-    """Steps between checkpoints; none where it is not set."""
+    """Steps between checkpoints; where it is not set, one is written only if the run is told to go (SIGTERM)."""
+    keep_last: Positive = KEEP
+    """Newest checkpoints that are kept."""
+    keep_best: NotNegativeInt = 0
+    """Checkpoints that are kept as well, however old: those of the lowest held-out loss, or, where nothing is held out,
+    of the lowest training loss over their last 50 steps."""
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from mllm.models.deferred import defer, from_file
+from mllm.train.durable import sync
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path, is_main: bool = True) -> None:
@@ -20,7 +21,9 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path, is_main: bool = T
     if is_main:
         beside = path.with_suffix(".partial")
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(beside))
+        sync(beside)
         beside.rename(path)
+        sync(path.parent)
 
 
 def load_tensors(own: dict[str, torch.Tensor], path: Path) -> None:

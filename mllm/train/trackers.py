@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator
 
+from mllm.train import durable
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
@@ -87,7 +89,7 @@ def run_id(folder: Path, fresh: bool) -> str:
     """What the services know this run by; a run that goes on keeps it."""
     path = folder / REMEMBERED
     if fresh or not path.exists():
-        path.write_text(json.dumps({"id": uuid.uuid4().hex[:8]}) + "\n")
+        durable.write_text(path, json.dumps({"id": uuid.uuid4().hex[:8]}) + "\n")
     return str(json.loads(path.read_text())["id"])
 
 

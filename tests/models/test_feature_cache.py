@@ -13,15 +13,17 @@ BYTES = PATCHES * WIDTH * 4
 
 
 class Counting(nn.Module):
-    """An encoder that remembers how many images it was shown."""
+    """An encoder that remembers how many images it was shown, blank ones aside, and in which company."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seen = 0
+        self.together: set[int] = set()
         self.weight = torch.randn(3 * SIDE * SIDE, PATCHES * WIDTH, generator=torch.Generator().manual_seed(0))
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        self.seen += len(pixel_values)
+        self.seen += int(pixel_values.flatten(1).any(1).sum())
+        self.together.add(len(pixel_values))
         return (pixel_values.float().flatten(1) @ self.weight).unflatten(1, (PATCHES, WIDTH))
 
 
@@ -57,3 +59,11 @@ def test_what_does_not_fit_is_encoded_anew() -> None:
     assert (encoder.seen, len(cache.kept)) == (5, 2)
     torch.testing.assert_close(cache(encoder, shown), first, rtol=0, atol=1e-3)
     assert encoder.seen == 5 + 3
+
+
+def test_company_of_an_image_has_always_the_same_size() -> None:
+    """A resumed run meets its images in other groups, and shall compute the same bits."""
+    encoder, cache = Counting(), FeatureCache(gigabytes=0)
+    for number in (1, 3, 8, 11):
+        torch.testing.assert_close(cache(encoder, images(number)), Counting()(images(number)), rtol=1e-5, atol=1e-3)
+    assert len(encoder.together) == 1

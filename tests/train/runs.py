@@ -57,7 +57,7 @@ def run(
     """Index, fit, return the trained model; `data` is a LLaVA file."""
     processor = make_processor()
     model = model or chosen_model(train)
-    config = DataConfig([LlavaSource(path=data)], seq_length=SEQ_LENGTH, num_workers=0, **changes)
+    config = DataConfig([LlavaSource(path=data)], seq_length=SEQ_LENGTH, **{"num_workers": 0, **changes})
     taken_out = config.held_out if isinstance(config.held_out, int) else 0
     index = build_index(config.sources, processor, SEQ_LENGTH, progress=False, held_out=taken_out)
     index_held_out(index, config, processor)

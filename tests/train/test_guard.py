@@ -114,8 +114,7 @@ def test_step_that_is_skipped_leaves_weights_and_moments_bit_for_bit(
 ) -> None:
     poison(monkeypatch, objective)
     data = write_llava(tmp_path, 8)
-    train = settings(tmp_path / "run", guard=SKIP, steps=6, save_every=1)
-    monkeypatch.setattr("mllm.train.checkpoint.KEEP", 99)
+    train = settings(tmp_path / "run", guard=SKIP, steps=6, save_every=1, keep_last=6)
     run(data, train)
     checkpoints = tmp_path / "run" / "checkpoints"
     skipped = bad_steps(tmp_path / "run")
@@ -193,8 +192,7 @@ def test_resumed_run_skips_the_same_steps_to_the_same_weights(monkeypatch: pytes
     poison(monkeypatch, Leaping, bad="r1")  # in steps 15 and 18
     data = write_llava(tmp_path, 120)
     leap = GuardConfig(policy="skip", spike=8.0, window=12)
-    monkeypatch.setattr("mllm.train.checkpoint.KEEP", 99)
-    train = settings(tmp_path / "run", guard=leap, steps=24, save_every=4)
+    train = settings(tmp_path / "run", guard=leap, steps=24, save_every=4, keep_last=6)
     whole = weights(run(data, train))
     before, found = metrics(train.output_dir, "step", "loss", "grad_norm", "steps_skipped"), lines(tmp_path / "run")
     assert bad_steps(tmp_path / "run") == [15, 18]

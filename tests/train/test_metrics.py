@@ -84,7 +84,7 @@ def test_cutting_the_file_leaves_the_old_one_if_it_cannot_be_done(
     def killed(number: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mllm.train.metrics.os.fsync", killed)
+    monkeypatch.setattr("mllm.train.durable.os.fsync", killed)
     with pytest.raises(KeyboardInterrupt):
         keep_before(path, 1)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'

@@ -14,7 +14,6 @@ from conftest import make_processor, write_llava
 from mllm.data.formats.llava import LlavaSource
 from mllm.data.loader import DataConfig
 from mllm.data.streams.batches import open_stream
-from mllm.train import checkpoint
 from mllm.train.checkpoint import checkpoints
 from mllm.train.loop import fit, make_plan, num_steps
 from mllm.train.settings import TrainConfig
@@ -59,16 +58,14 @@ def written(folder: Path, name: str) -> list[Any]:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_stop_at_any_step_changes_no_loss_and_no_count(
-    tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(checkpoint, "KEEP", STEPS)
-    data, whole = spoiled(tmp_path), settings(tmp_path / "whole", steps=STEPS, save_every=1)
+def test_a_stop_at_any_step_changes_no_loss_and_no_count(tmp_path: Path, workers: int) -> None:
+    data, whole = spoiled(tmp_path), settings(tmp_path / "whole", steps=STEPS, save_every=1, keep_last=STEPS)
     stream(data, whole, num_workers=workers)
     losses = metrics(whole.output_dir, "step", "loss", "samples", "tokens", "skipped")
     assert len(losses) == STEPS
     for stop in (1, 4, 8):
         train = cut_off(whole.output_dir, tmp_path / f"cut-{stop}", stop)
+        assert [path.name for path in checkpoints(train.output_dir)][-1] == f"step-{stop}"
         stream(data, train, resume=True, num_workers=2 - workers)
         assert metrics(train.output_dir, "step", "loss", "samples", "tokens", "skipped") == losses
         for name in ("ledger.json", "quarantine.jsonl"):
