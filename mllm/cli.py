@@ -195,9 +195,34 @@ def export(
     print(*write(model, folder, to, dtype, list(check_with), overwrite).lines(), sep="\n")
 
 
+def info(
+    model: Annotated[str, tyro.conf.Positional],
+    json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> None:
+    """Say what a model is made of, what of it trains, and who can load it; from config files, before any training.
+
+    Args:
+        model: YAML of a run, stage folder or Hub id.
+        json_output: Print one JSON object.
+    """
+    quiet_libraries()
+    from mllm import oracle
+
+    found = oracle.info(model)
+    if json_output:
+        print(json.dumps(found.as_dict(), indent=2))
+        return
+    for part in found.parts:
+        trained = f"{part['trained']:,} train" if part["trained"] else "frozen"
+        print(f"{part['part']:<16}{part['is']}: {part['parameters']:,} parameters, {trained}")
+    print(f"{'image':<16}{found.visual_tokens_per_image} visual tokens\n{'exports as':<16}{found.exports_as}")
+    for loader in found.loaders:
+        print(f"{loader.loader:<16}{'yes' if loader.loads else 'no'}, {loader.why} [{loader.version}]")
+
+
 def main() -> None:
     """The entry point; a user's mistake is one line, not a traceback."""
-    commands: dict[str, Callable[..., Any]] = {"chat": chat, "eval": evaluate, "export": export}
+    commands: dict[str, Callable[..., Any]] = {"chat": chat, "eval": evaluate, "export": export, "info": info}
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="mllm", description=(__doc__ or "").splitlines()[0])
     except ValueError as error:

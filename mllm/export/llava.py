@@ -23,7 +23,7 @@ def config(trained: Trained) -> dict[str, Any]:
     common = {
         "image_token_index": model.image_token_id,
         "image_seq_length": trained.processor.num_visual_tokens,
-        "projector_hidden_act": projector(model.connector)[1],
+        "projector_hidden_act": activation(model.connector),
         "tie_word_embeddings": is_tied(model.llm),
         "vision_config": vision_config(trained.encoder.model),
         "text_config": text_config(model.llm, vocabulary_rows(trained)),
@@ -58,7 +58,7 @@ def select_strategy(trained: Trained) -> str:
 
 def tensors(trained: Trained) -> dict[str, Tensor]:
     """Every weight of the exported model."""
-    (first, second), _ = projector(trained.model.connector)
+    first, second = projector(trained.model.connector)
     named = {
         f"multi_modal_projector.linear_{number}.{part}": getattr(layer, part).detach()
         for number, layer in ((1, first), (2, second))
@@ -106,11 +106,17 @@ def extended(table: Tensor, rows: int) -> Tensor:
     return torch.cat([table, mean]) if rows > len(table) else table
 
 
-def projector(connector: Any) -> tuple[tuple[nn.Linear, nn.Linear], str]:
-    """Llava's two layers and the activation between them; exact also for a single linear layer."""
+def activation(connector: Any) -> str:
+    """What transformers calls the function between Llava's two layers."""
+    if isinstance(connector, nn.Linear):
+        return "gelu" if linear_fits_twice(connector) else "linear"
+    return ACTIVATIONS[type(connector[-2]).__name__]
+
+
+def projector(connector: Any) -> tuple[nn.Linear, nn.Linear]:
+    """Llava's two layers; exact also for a single linear one."""
     if not isinstance(connector, nn.Linear):
-        first, activation, second = connector[1:] if norm_in_front(connector) is not None else connector
-        return (first, second), ACTIVATIONS[type(activation).__name__]
+        return connector[-3], connector[-1]
     width_in, width = connector.in_features, connector.out_features
     first, second = nn.Linear(width_in, width), nn.Linear(width, width)
     with torch.no_grad():
@@ -119,11 +125,10 @@ def projector(connector: Any) -> tuple[tuple[nn.Linear, nn.Linear], str]:
             layer.bias.zero_()
         if connector.bias is not None:
             second.bias.copy_(connector.bias)
-        if not linear_fits_twice(connector):
+        if linear_fits_twice(connector):  # gelu(x) - gelu(-x) = x, for each of the inputs
+            first.weight[: 2 * width_in].copy_(torch.cat([torch.eye(width_in), -torch.eye(width_in)]))
+            second.weight[:, : 2 * width_in].copy_(torch.cat([connector.weight, -connector.weight], dim=1))
+        else:
             first.weight.copy_(connector.weight)
             second.weight.copy_(torch.eye(width))
-            return (first, second), "linear"
-        # gelu(x) - gelu(-x) = x, for each of the inputs
-        first.weight[: 2 * width_in].copy_(torch.cat([torch.eye(width_in), -torch.eye(width_in)]))
-        second.weight[:, : 2 * width_in].copy_(torch.cat([connector.weight, -connector.weight], dim=1))
-    return (first, second), "gelu"
+    return first, second

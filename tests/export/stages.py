@@ -97,14 +97,14 @@ def make_stage(
     processor = Processor.from_hub(parts.llm, parts.encoders()[0], visual_tokens_per_image(parts), image_fit)
     torch.manual_seed(3)
     built = build_model(parts, processor.image_token_id)
-    rates = LearningRates(connector=1e-3, llm=1e-3 if lora else None)
-    choose_trainable(built, rates, Lora(rank=4, alpha=8) if lora else None)
+    rates, adapter = LearningRates(connector=1e-3, llm=1e-3 if lora else None), Lora(rank=4, alpha=8) if lora else None
+    choose_trainable(built, rates, adapter)
     with torch.no_grad():
         for parameter in built.parameters():
             if parameter.requires_grad:
                 parameter += 0.1 * torch.randn_like(parameter)
     out.mkdir(parents=True, exist_ok=True)
-    train = TrainConfig(output_dir=out, learning_rate=rates)
+    train = TrainConfig(output_dir=out, learning_rate=rates, lora=adapter)
     save_stage(out, built, processor, dump_config(RunConfig(train, model=parts)))
     return out
 

@@ -84,6 +84,7 @@ def test_half_precision_is_read_back_too(dtype: Any, tmp_path: Path) -> None:
         ({"encoder": "dinov2"}, {}, "issue 25814"),
         ({}, {"connector": PixelShuffleConnector()}, "not two linear layers"),
         ({}, {"connector": LinearConnector()}, "not two linear layers"),
+        ({}, {"feature_layer": [-2, -3]}, "several layers"),
         ({"llm": "gpt_neox"}, {}, "gpt_neox"),
     ],
 )

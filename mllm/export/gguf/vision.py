@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from mllm.export.gguf.file import File
-from mllm.export.homes import find_home
+from mllm.export.homes import connector_obstacles
 from mllm.export.layout import published_names
-from mllm.export.llava import projector
+from mllm.export.llava import activation, norm_in_front, projector
 from mllm.export.trained import Trained
 from mllm.models.multimodal import MultimodalLM
 from mllm.models.vision_encoder import VisionEncoder
@@ -28,7 +28,7 @@ LAYER = re.compile(r"vision_model\.encoder\.layers\.(\d+)\.")
 
 def obstacles(model: MultimodalLM) -> list[str]:
     """Why llama.cpp cannot run encoder and connector, or would run them wrong."""
-    encoder, home = model.vision_encoder, find_home(model)
+    encoder, connector = model.vision_encoder, model.connector
     if not isinstance(encoder, VisionEncoder):
         return ["several encoders: llama.cpp runs one"]
     found = []
@@ -42,8 +42,8 @@ def obstacles(model: MultimodalLM) -> list[str]:
         found.append(f"an encoder with {encoder.model.config.hidden_act} (known: {', '.join(GELUS)}, quick_gelu)")
     if len(encoder.taps) > 1:
         found.append("features of several layers")
-    if home.architecture != "LlavaForConditionalGeneration" or projector(model.connector)[1] != "gelu":
-        found.append(f"the connector is not two linear layers with GELU between them ({home.why})")
+    if norm_in_front(connector) is not None or connector_obstacles(model) or activation(connector) != "gelu":
+        found.append("the connector is not two linear layers with GELU between them")
     return found
 
 
@@ -92,7 +92,7 @@ def encoder_tensors(trained: Trained, depth: int) -> dict[str, Tensor]:
 
 
 def connector_tensors(trained: Trained) -> dict[str, Tensor]:
-    (first, second), _ = projector(trained.model.connector)
+    first, second = projector(trained.model.connector)
     return {
         f"mm.{number}.{part}": getattr(layer, part).detach()
         for number, layer in ((0, first), (2, second))

@@ -1,0 +1,80 @@
+"""`mllm info` knows before training who will load the model, and export agrees with it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mllm import cli, oracle
+from mllm.export.homes import find_home
+from mllm.export.trained import load
+from mllm.models.connectors import LinearConnector, MLPConnector, PixelShuffleConnector, QFormerConnector
+from stages import make_parts, make_stage
+
+QFORMER = QFormerConnector(num_queries=3, hidden_size=16, num_layers=2, num_heads=2)
+CELLS: dict[str, Any] = {
+    "clip, mlp": ({}, {}, "LlavaForConditionalGeneration", "its own Llava class", "issue 25814"),
+    "siglip, mlp": ({"encoder": "siglip"}, {}, "LlavaForConditionalGeneration", "its own Llava class", "to gguf"),
+    "dinov2, mlp": ({"encoder": "dinov2"}, {}, "LlavaForConditionalGeneration", "takes no dinov2", "issue 25814"),
+    "two layers": ({}, {"feature_layer": [-2, 1]}, "LlavaForConditionalGeneration", "reads one layer", "several"),
+    "linear": ({}, {"connector": LinearConnector()}, "LlavaForConditionalGeneration", "no activation", "not two"),
+    "norm": ({}, {"connector": MLPConnector(norm=True)}, "VipLlavaForConditionalGeneration", "by itself", "not two"),
+    "q-former": ({"encoder": "siglip"}, {"connector": QFORMER}, "remote code", "trust-remote-code", "not two linear"),
+    "neox": ({"encoder": "siglip", "llm": "gpt_neox"}, {}, "LlavaForConditionalGeneration", "own Llava", "gpt_neox"),
+}
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_answer_before_training_is_what_export_decides(name: str, tmp_path: Path) -> None:
+    parts, stage, architecture, vllm, llama_cpp = CELLS[name]
+    make_parts(tmp_path, **parts)
+    folder = make_stage(tmp_path, **stage)
+    found = oracle.info(str(folder / "config.yaml"))
+    assert found.exports_as == architecture
+    assert found.exports_as == (find_home(load(str(folder)).model).architecture or "remote code")
+    answers = {loader.loader: loader for loader in found.loaders}
+    assert answers["transformers"].loads
+    assert vllm in answers["vLLM"].why
+    assert llama_cpp in answers["llama.cpp"].why
+    assert answers["llama.cpp"].loads == ("to gguf" in llama_cpp)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> Any:
+    monkeypatch.setattr(sys, "argv", ["mllm", "info", *map(str, arguments)])
+    try:
+        cli.main()
+        return 0
+    except SystemExit as ended:
+        return ended.code
+
+
+def test_command_tells_parts_tokens_and_loaders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    make_parts(tmp_path)
+    stage = make_stage(tmp_path, PixelShuffleConnector(), lora=True)
+    assert run(monkeypatch, stage) == 0
+    told = capsys.readouterr().out
+    assert "1 visual tokens" in told
+    for word in ("transformers", "vLLM", "SGLang", "llama.cpp", "pixel_shuffle"):
+        assert word in told
+    assert run(monkeypatch, stage, "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    trained = {part["part"]: part["trained"] for part in told["parts"]}
+    assert trained["vision_encoder"] == 0
+    lora = load_adapter(stage)
+    assert trained["llm"] == sum(tensor.numel() for tensor in lora.values())
+    assert told["visual_tokens_per_image"] == 1
+
+
+def load_adapter(stage: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return load_file(str(stage / "adapter" / "adapter_model.safetensors"))
+
+
+def test_model_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(monkeypatch, "no/such-model").startswith("error: no such model")
+    assert run(monkeypatch, "nowhere.yaml").startswith("error: no config file nowhere.yaml")
