@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mllm.config import load_config, stage_config
 from mllm.data import chat
-from mllm.data.collate import stack_pixels
+from mllm.data.collate import stack_instructions, stack_pixels
 from mllm.data.processor import Processor
 from mllm.models.build import build_model
 from mllm.models.multimodal import MultimodalLM
@@ -87,7 +87,10 @@ class Assistant:
         mask = torch.tensor([[0] * (longest - len(p.input_ids)) + [1] * len(p.input_ids) for p in prompts])
         num_images = sum(len(prompt.pixel_values) for prompt in prompts)
         pixels = stack_pixels([prompt.pixel_values for prompt in prompts], self.processor.pixel_shape).to(self.device)
-        embeddings = self.model.embed(ids, self.model.visual_tokens(pixels), num_images)  # [B, S, D]
+        instructions = stack_instructions([words for prompt in prompts for words in prompt.instructions])
+        if instructions is not None:
+            instructions = instructions.to(self.device)
+        embeddings = self.model.embed(ids, self.model.visual_tokens(pixels, instructions), num_images)  # [B, S, D]
         return {"inputs_embeds": embeddings, "attention_mask": mask.to(self.device)}
 
     def options(self, max_new_tokens: int) -> dict[str, Any]:

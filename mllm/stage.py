@@ -99,8 +99,9 @@ def build_processor(config: RunConfig) -> Processor:
     leading = parts.encoders()[0]
     with named("tokenizer or image processor", f"{parts.llm} or {leading}"):
         data = config.data
+        instruct = getattr(parts.connector, "instruct", False)
         return Processor.from_hub(
-            parts.llm, leading, visual_tokens, data.image_fit, data.keep_in_memory, data.jpeg_draft
+            parts.llm, leading, visual_tokens, data.image_fit, data.keep_in_memory, data.jpeg_draft, instruct
         )
 
 

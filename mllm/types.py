@@ -141,6 +141,8 @@ class Example:
     """Number of its source among `data.sources`."""
     fault: Fault | None = None
     """Why this is a hole: the sample could not be read, and its place carries no labels and no image."""
+    instructions: list[list[int]] = field(default_factory=list)
+    """[n] lists of tokens: the words of the turn in which each image stands; empty where no connector reads them."""
 
 
 @dataclass
@@ -155,6 +157,8 @@ class Row:
     where: list[str]
     sources: list[int] = field(default_factory=list)
     """Of each example the number of its source."""
+    instructions: list[list[int]] = field(default_factory=list)
+    """Of each image, where a connector reads them."""
     faults: list[Fault] = field(default_factory=list)
 
 
@@ -170,6 +174,7 @@ class Batch(TypedDict):
     pixel_values: Tensor  # [max(N, 1), 3, H, W] uint8, to be normalised on the device; float is normalised already
     num_images: int  # N
     row_images: list[int]  # of them, those of each row
+    instruction_ids: Tensor | None  # [N, T] int64, -1 behind the last; None where there is none, or nobody reads them
     sample_ids: list[list[str]]  # per row, in order
     where: list[str]  # file and row of each sample
     sources: list[list[int]]  # per row, of each sample the number of its source

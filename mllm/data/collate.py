@@ -30,6 +30,7 @@ def collate(rows: Sequence[Row], pixel_shape: tuple[int, int, int]) -> Batch:
         pixel_values=pixel_values,
         num_images=sum(row_images),
         row_images=row_images,
+        instruction_ids=stack_instructions([words for row in rows for words in row.instructions]),
         sample_ids=[row.sample_ids for row in rows],
         where=[where for row in rows for where in row.where],
         sources=[row.sources for row in rows],
@@ -46,6 +47,13 @@ def stack_pixels(parts: Sequence[Tensor], pixel_shape: tuple[int, int, int]) -> 
     shown = [part for part in parts if len(part)] or [parts[0].new_zeros(1, *pixel_shape)]
     assert len({part.dtype for part in shown}) == 1, f"pixels of several types: {[part.dtype for part in shown]}"
     return torch.cat(shown)
+
+
+def stack_instructions(instructions: Sequence[list[int]]) -> Tensor | None:
+    """Tokens of each image's instruction -> [N, T], filled up with -1; None where there are none."""
+    if not instructions:
+        return None
+    return pad_sequence([torch.tensor(words or [-1]) for words in instructions], batch_first=True, padding_value=-1)
 
 
 def stack(tensors: list[Tensor], fill: int) -> Tensor:

@@ -114,7 +114,8 @@ class Examples:
             if len(input_ids) != length:
                 raise ValueError(f"{len(input_ids)} tokens, {length} when it was indexed: the file changed")
             kind = "image"
-            return Example(sample.id, input_ids, labels, self.processor.pixels(sample.images), sample.where, source)
+            pixels, words = self.processor.pixels(sample.images), self.processor.instructions(sample)
+            return Example(sample.id, input_ids, labels, pixels, sample.where, source, instructions=words)
         except ValueError as error:
             where = self.index.where(number)
             fault = Fault(kind, self.index.id(number), where, str(error).removeprefix(f"{where}: "), number)

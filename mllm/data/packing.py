@@ -135,6 +135,7 @@ def join(examples: Sequence[Example], pixel_shape: tuple[int, int, int]) -> Row:
         sample_ids=[example.id for example in examples],
         where=[example.where for example in examples],
         sources=[example.source for example in examples],
+        instructions=[words for example in examples for words in example.instructions],
         faults=[example.fault for example in examples if example.fault],
     )
 

@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ImageFit = Literal["native", "pad"]
-FACTS = ("num_visual_tokens", "image_fit", "jpeg_draft")
+FACTS = ("num_visual_tokens", "image_fit", "jpeg_draft", "instruct")
 """What a saved processor holds beside its tokenizer and image processor."""
+LONGEST_INSTRUCTION = 128
+"""Tokens of an instruction that a connector reads, the last ones: as many as InstructBLIP's released code."""
 LARGEST_SIDE = 4096
 """An image is shrunk to this before it is padded: more than any encoder sees, and its square fits in memory."""
 
@@ -48,6 +50,8 @@ class Processor:
     """Keep the tokens of samples and the pixels of image files after the first time: for small sets seen many times."""
     jpeg_draft: bool = False
     """Decode JPEGs at least twice as large as needed at a fraction of their size: faster, slightly other pixels."""
+    instruct: bool = False
+    """Hand the words around each image to the connector too."""
 
     def __post_init__(self) -> None:
         chat.ensure_template(self.tokenizer)
@@ -66,7 +70,8 @@ class Processor:
             ValueError: placeholders and images differ, an image is unreadable, nothing is left to learn.
         """
         input_ids, labels = self.tokens(sample, max_length)
-        return Example(sample.id, input_ids, labels, self.pixels(sample.images), sample.where)
+        pixels, words = self.pixels(sample.images), self.instructions(sample)
+        return Example(sample.id, input_ids, labels, pixels, sample.where, instructions=words)
 
     def tokens(self, sample: Sample, max_length: int | None = None) -> tuple[list[int], list[int]]:
         """What `encode` gives, or gave the last time if it is kept."""
@@ -89,7 +94,19 @@ class Processor:
         """The sample as a question: tokens up to where the assistant's next words begin, no labels."""
         input_ids = chat.encode_prompt(self.tokenizer, sample.messages)
         input_ids = self.expand(input_ids, self.check_placeholders(sample, input_ids))
-        return Example(sample.id, input_ids, [IGNORE_INDEX] * len(input_ids), self.pixels(sample.images), sample.where)
+        labels, pixels, words = [IGNORE_INDEX] * len(input_ids), self.pixels(sample.images), self.instructions(sample)
+        return Example(sample.id, input_ids, labels, pixels, sample.where, instructions=words)
+
+    def instructions(self, sample: Sample) -> list[list[int]]:
+        """For each image the tokens of the words of its own turn; none in the assistant's, whose words are answers."""
+        if not self.instruct:
+            return []
+        found = []
+        for message in sample.messages:
+            words = "" if message.role == "assistant" or not message.num_images else message.text.strip()
+            tokens = self.tokenizer(words, add_special_tokens=False)["input_ids"][-LONGEST_INSTRUCTION:]
+            found += [tokens] * message.num_images
+        return found
 
     def check_placeholders(self, sample: Sample, input_ids: list[int]) -> list[int]:
         """Where the placeholders stand: as many as images, as marked and as tokenised."""
@@ -180,6 +197,7 @@ class Processor:
         image_fit: ImageFit = "native",
         keep: bool = False,
         jpeg_draft: bool = False,
+        instruct: bool = False,
     ) -> Processor:
         """The LLM's tokenizer and the encoder's image processor, each by Hub id or folder."""
         from transformers import AutoTokenizer
@@ -191,4 +209,5 @@ class Processor:
             image_fit,
             keep,
             jpeg_draft,
+            instruct,
         )

@@ -49,7 +49,16 @@ def notes(home: Home, left_out: str) -> tuple[str, ...]:
 
 
 def write_files(trained: Trained, folder: Path, dtype: torch.dtype) -> Home:
-    """Everything but the proof; where the model lives."""
+    """Everything but the proof; where the model lives.
+
+    Raises:
+        ValueError: the connector reads the user's words, which no processor of transformers hands it.
+    """
+    if getattr(trained.parts.connector, "instruct", False):
+        raise ValueError(
+            "a Q-Former with `instruct: true` is not exported: transformers' processors hand a connector no words. "
+            "`mllm chat` and `mllm eval` run the stage as it is"
+        )
     home = find_home(trained.model)
     form: Any = llava if home.is_stock else remote_code
     write_model(folder, form.config(trained), form.tensors(trained), dtype)

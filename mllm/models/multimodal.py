@@ -36,20 +36,33 @@ class MultimodalLM(nn.Module):
         self.feature_cache: FeatureCache | None = None
         """Where features of a frozen encoder are kept, if the run wants it; only training sets it."""
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, pixel_values: Tensor, num_images: int) -> Tensor:
-        """[B, S], [B, S], [max(N, 1), 3, H, W] -> hidden states [B, S, D].
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        pixel_values: Tensor,
+        num_images: int,
+        instruction_ids: Tensor | None = None,
+    ) -> Tensor:
+        """[B, S], [B, S], [max(N, 1), 3, H, W], [N, T] -> hidden states [B, S, D].
 
         Raises:
             ValueError: placeholders and visual tokens differ in number.
         """
-        embeddings = self.embed(input_ids, self.visual_tokens(pixel_values), num_images)  # [B, S, D]
+        embeddings = self.embed(input_ids, self.visual_tokens(pixel_values, instruction_ids), num_images)  # [B, S, D]
         decoder = self.llm.get_decoder()
         return decoder(inputs_embeds=embeddings, position_ids=position_ids, use_cache=False).last_hidden_state
 
-    def visual_tokens(self, pixel_values: Tensor) -> Tensor:
-        """[N, 3, H, W] -> [N, V, D], through encoder and connector."""
+    def visual_tokens(self, pixel_values: Tensor, instruction_ids: Tensor | None = None) -> Tensor:
+        """[N, 3, H, W] -> [N, V, D], through encoder and connector; instructions [N, T] for one that reads them."""
         features = self.features(pixel_values)  # [N, P, Dv]
-        return self.connector(features.to(next(self.connector.parameters()).dtype))  # [N, V, D]
+        features = features.to(next(self.connector.parameters()).dtype)
+        if not getattr(self.connector, "instruct", False):
+            return self.connector(features)  # [N, V, D]
+        if instruction_ids is None:  # looked up all the same: every rank takes part in what gathers the table
+            instruction_ids = torch.full((len(features), 1), -1, device=features.device)
+        words = self.llm.get_input_embeddings()(instruction_ids.clamp(min=0))  # [N, T, D]
+        return self.connector(features, words.to(features.dtype), instruction_ids >= 0)  # [N, V, D]
 
     def features(self, pixel_values: Tensor) -> Tensor:
         """[N, 3, H, W] -> patch features [N, P, Dv], from the encoder or as it once gave them."""

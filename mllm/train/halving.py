@@ -82,7 +82,7 @@ def split(batch: Batch, rows: int) -> list[Batch]:
     for first in range(0, size, rows):
         last = min(first + rows, size)
         pixels = batch["pixel_values"][images[first] : images[last]]
-        width = needed(batch, first, last)
+        width, words = needed(batch, first, last), batch["instruction_ids"]
         ids = {id for row in batch["sample_ids"][first:last] for id in row}
         parts.append(
             Batch(
@@ -92,6 +92,7 @@ def split(batch: Batch, rows: int) -> list[Batch]:
                 pixel_values=pixels if len(pixels) else torch.zeros_like(batch["pixel_values"][:1]),
                 num_images=len(pixels),
                 row_images=batch["row_images"][first:last],
+                instruction_ids=words[images[first] : images[last]] if words is not None and len(pixels) else None,
                 sample_ids=batch["sample_ids"][first:last],
                 sources=batch["sources"][first:last],
                 where=batch["where"][samples[first] : samples[last]],

@@ -41,10 +41,11 @@ class NextToken(nn.Module):
         num_images: int,
         reduction: Reduction = "token",
         each: bool = False,
+        instruction_ids: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Weighted sum of the loss over the K supervised tokens, a float32 scalar; 0 with a gradient of 0 where K is
         0. With `each` also the loss of each supervised token [K] float32, unweighted and without a gradient."""
-        hidden_states = self.model(input_ids, position_ids, pixel_values, num_images)  # [B, S, D]
+        hidden_states = self.model(input_ids, position_ids, pixel_values, num_images, instruction_ids)  # [B, S, D]
         where, targets = supervised(labels)
         logits = self.model.logits(hidden_states[:, :-1][where])  # [K, vocabulary]
         losses = cross_entropy(logits.float(), targets, reduction="none")  # [K]
@@ -94,4 +95,6 @@ def model_inputs(batch: Batch, device: torch.device) -> dict[str, Tensor | int]:
         name: batch[name].to(device, non_blocking=True)  # type: ignore[literal-required]
         for name in ("input_ids", "labels", "position_ids", "pixel_values")
     }
+    if (words := batch["instruction_ids"]) is not None:
+        tensors["instruction_ids"] = words.to(device, non_blocking=True)
     return {**tensors, "num_images": batch["num_images"]}

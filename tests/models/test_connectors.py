@@ -180,6 +180,54 @@ def test_pixel_shuffle_joins_the_patches_of_a_block_in_reading_order() -> None:
     assert tokens[0].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
 
 
+INSTRUCT = QFormerConnector(num_queries=4, hidden_size=16, num_layers=4, num_heads=2, instruct=True)
+
+
+def instructed(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return INSTRUCT.build(24, 32, 4)
+
+
+def words(number: int = 5, images: int = 3) -> tuple[Tensor, Tensor]:
+    """Embeddings of an instruction for each image, and that all of them are words."""
+    drawn = torch.randn(images, number, 32, generator=torch.Generator().manual_seed(4))
+    return drawn, torch.ones(images, number, dtype=torch.bool)
+
+
+def test_instruction_changes_the_tokens_of_its_own_image_alone() -> None:
+    connector, (said, mask) = instructed().eval(), words()
+    other = said.clone()
+    other[1] += 1
+    one, changed = connector(features(), said, mask), connector(features(), other, mask)
+    assert one.shape == (3, 4, 32)
+    assert not torch.allclose(one[1], changed[1], atol=1e-4)
+    torch.testing.assert_close(one[[0, 2]], changed[[0, 2]], rtol=0, atol=1e-6)
+
+
+def test_instructions_of_different_length_side_by_side_are_those_alone() -> None:
+    connector, (said, mask) = instructed().eval(), words()
+    mask[0, 2:] = False
+    together = connector(features(), said, mask)
+    alone = connector(features(images=3)[:1], said[:1, :2], mask[:1, :2])
+    torch.testing.assert_close(together[:1], alone, rtol=1e-5, atol=1e-6)
+
+
+def test_no_instruction_is_an_instruction_without_a_word() -> None:
+    connector, (said, mask) = instructed().eval(), words()
+    torch.testing.assert_close(connector(features()), connector(features(), said, mask & False), rtol=1e-5, atol=1e-6)
+
+
+def test_gradient_reaches_every_parameter_that_reads_an_instruction() -> None:
+    connector = instructed()
+    out = connector(features(), *words())
+    (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(2))).sum().backward()
+    still = [name for name, p in connector.named_parameters() if p.grad is None or not p.grad.any()]
+    assert [name for name in still if not name.endswith("key.bias")] == []
+    connector.zero_grad()
+    connector(features()).sum().backward()
+    assert [name for name, p in connector.named_parameters() if p.grad is None] == []
+
+
 def test_avg_pool_tokens_are_means_of_their_blocks() -> None:
     pool = AvgPoolConnector(tokens=4, depth=1).build(1, 1, 16)[0]
     features = torch.arange(16.0).reshape(1, 16, 1)  # a grid of 4 x 4, each patch its own number

@@ -127,8 +127,8 @@ class StreamedBatches(Dataset[Batch]):
         sample = item.sample
         assert sample is not None
         try:
-            pixels = self.processor.pixels(sample.images)
-            return Example(item.id, *item.tokens, pixels, sample.where, item.spot.source)
+            pixels, words = self.processor.pixels(sample.images), self.processor.instructions(sample)
+            return Example(item.id, *item.tokens, pixels, sample.where, item.spot.source, instructions=words)
         except ValueError as error:
             fault = Fault("image", item.id, sample.where, str(error).removeprefix(f"{sample.where}: "), item.number)
             return hole(fault, item.length, item.spot.source, self.processor.pixels([]))

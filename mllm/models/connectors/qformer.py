@@ -7,6 +7,13 @@ The blocks are transformers' own. Around them, as in BLIP-2 (Li et al. 2023, sec
 LayerNorm on the frozen encoder's features, queries drawn from N(0, 0.02), cross-attention in every second block, and
 a linear layer to the LLM's width. One difference: no dropout by default (BLIP-2: 0.1), so that a step is a function
 of its batch.
+
+With `instruct`, as in InstructBLIP (Dai et al. 2023, section 2.3), the queries also see the words of the turn in which
+the image stands, by self-attention; the words have feed-forwards of their own, and do not look at the image. One
+difference: words enter as the LLM's own token embeddings through a linear layer, where InstructBLIP has BERT's, so that
+there is one tokenizer. What the assistant says never enters.
+
+N images, P patches, T words, Dv H D widths of encoder, Q-Former and LLM.
 """
 
 from __future__ import annotations
@@ -18,6 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from mllm.models.connectors.connector import Connector
+
+LONGEST = 128
+"""Words that are read, as in InstructBLIP's released code."""
 
 
 @dataclass
@@ -33,12 +43,14 @@ class QFormerConnector(Connector):
     cross_attention_every: int = 2
     """Blocks 0, this, twice this, ... look at the image."""
     dropout: float = 0.0
+    instruct: bool = False
+    """The queries read the user's words beside the image (InstructBLIP)."""
 
     def num_tokens(self, num_patches: int) -> int:
         return self.num_queries
 
     def build(self, encoder_width: int, llm_width: int, num_patches: int) -> nn.Module:
-        return QFormer(self, encoder_width, llm_width)
+        return (InstructQFormer if self.instruct else QFormer)(self, encoder_width, llm_width)
 
 
 class QFormer(nn.Module):
@@ -60,6 +72,7 @@ class QFormer(nn.Module):
                 encoder_hidden_size=encoder_width,
                 hidden_dropout_prob=config.dropout,
                 attention_probs_dropout_prob=config.dropout,
+                use_qformer_text_input=config.instruct,
             )
         )
         self.to_llm = nn.Linear(config.hidden_size, llm_width)
@@ -69,3 +82,44 @@ class QFormer(nn.Module):
         queries = self.queries.expand(len(features), -1, -1)  # [N, num_queries, hidden_size]
         blocks = self.blocks(query_embeds=queries, encoder_hidden_states=self.feature_norm(features))
         return self.to_llm(blocks.last_hidden_state)  # [N, num_queries, D]
+
+
+class InstructQFormer(QFormer):
+    """The same, with words beside the queries."""
+
+    instruct = True
+    """Asked by the model, which then looks up the words."""
+
+    def __init__(self, config: QFormerConnector, encoder_width: int, llm_width: int) -> None:
+        super().__init__(config, encoder_width, llm_width)
+        self.llm_width = llm_width
+        self.from_words = nn.Linear(llm_width, config.hidden_size)
+        self.positions = nn.Parameter(torch.empty(1, LONGEST, config.hidden_size).normal_(std=0.02))
+        last = self.blocks.encoder.layer[-1]  # nobody reads words behind it: their feed-forward would never learn
+        last.intermediate, last.output = nn.Identity(), PassOn()
+
+    def forward(self, features: Tensor, words: Tensor | None = None, is_word: Tensor | None = None) -> Tensor:
+        """[N, P, Dv], words [N, T, D] with their mask [N, T] -> [N, num_queries, D].
+
+        Without words one that is masked stands in their place, so that every weight is in use in every micro-batch.
+        """
+        if words is None or is_word is None:
+            words = features.new_zeros(len(features), 1, self.llm_width)
+            is_word = torch.zeros(len(features), 1, dtype=torch.bool, device=features.device)
+        queries = self.queries.expand(len(features), -1, -1)  # [N, num_queries, H]
+        said = self.from_words(words) + self.positions[:, : words.shape[1]]  # [N, T, H]
+        seen = torch.cat([is_word.new_ones(queries.shape[:2]), is_word], dim=1)  # [N, num_queries + T]
+        blocks = self.blocks(
+            query_embeds=torch.cat([queries, said], dim=1),
+            query_length=queries.shape[1],
+            attention_mask=seen,
+            encoder_hidden_states=self.feature_norm(features),
+        )
+        return self.to_llm(blocks.last_hidden_state[:, : queries.shape[1]])  # [N, num_queries, D]
+
+
+class PassOn(nn.Module):
+    """In the place of a feed-forward with its residual: what came in."""
+
+    def forward(self, _inner: Tensor, came_in: Tensor) -> Tensor:
+        return came_in
