@@ -68,3 +68,21 @@ def test_llm_is_swapped_by_flags_once_the_connector_may_start_anew(
     assert in_process("pretrain", *again, "--init_parts") == 0
     losses = [json.loads(line)["loss"] for line in (tmp_path / "instruct" / "metrics.jsonl").read_text().splitlines()]
     assert all(0 < loss < 10 for loss in losses)
+
+
+def test_connector_that_reads_the_question_goes_through_both_stages_and_chats(
+    hub: Path, tmp_path: Path, capsys: Any
+) -> None:
+    data, sizes = write_llava(tmp_path), {"instruct": "true", "num_queries": 3, "hidden_size": 16, "num_layers": 2}
+    flags: list[Any] = ["--model.connector.type", "qformer", "--model.connector.num_heads", 2]
+    for name, value in sizes.items():
+        flags += [f"--model.connector.{name}", value]
+    align = write_config(tmp_path, hub, data, "align", feature_cache=0.1)
+    assert in_process("pretrain", "--config", align, *flags, "--data.num_workers", 1) == 0
+    assert in_process("finetune", "--config", write_config(tmp_path, hub, data, "instruct")) == 0
+    assistant = Assistant.load(tmp_path / "instruct", "cpu")
+    asked = [Sample("s", [Message("user", [Mark.IMAGE, words])], [picture(3)]) for words in ("what?", "how many?")]
+    seen = [assistant.inputs([assistant.processor.prompt(sample)])["inputs_embeds"][0] for sample in asked]
+    place = assistant.processor.prompt(asked[0]).input_ids.index(assistant.processor.image_token_id)
+    assert not torch.equal(seen[0][place], seen[1][place])
+    assert len(assistant.answer(asked, 4)) == 2

@@ -230,3 +230,10 @@ def test_offline_and_without_the_old_version_that_is_said(monkeypatch: pytest.Mo
     chosen, note = environments.choose([])
     assert chosen == [HERE]
     assert "--check-with 4.57.6" in note
+
+
+def test_connector_that_reads_the_words_is_refused_in_words(tmp_path: Path) -> None:
+    connector = QFormerConnector(num_queries=3, hidden_size=16, num_layers=2, num_heads=2, instruct=True)
+    trained = load(str(made(tmp_path, {}, {"connector": connector})))
+    with pytest.raises(ValueError, match="hand a connector no words"):
+        write_files(trained, tmp_path / "out", torch.float32)

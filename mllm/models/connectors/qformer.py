@@ -108,11 +108,13 @@ class InstructQFormer(QFormer):
             is_word = torch.zeros(len(features), 1, dtype=torch.bool, device=features.device)
         queries = self.queries.expand(len(features), -1, -1)  # [N, num_queries, H]
         said = self.from_words(words) + self.positions[:, : words.shape[1]]  # [N, T, H]
-        seen = torch.cat([is_word.new_ones(queries.shape[:2]), is_word], dim=1)  # [N, num_queries + T]
+        seen = torch.cat([is_word.new_ones(queries.shape[:2]), is_word], dim=1)[:, None, None]  # [N, 1, 1, queries + T]
+        # numbers that are added: of another form transformers would have to look at the values
+        mask = torch.zeros_like(seen, dtype=said.dtype).masked_fill(~seen, torch.finfo(said.dtype).min)
         blocks = self.blocks(
             query_embeds=torch.cat([queries, said], dim=1),
             query_length=queries.shape[1],
-            attention_mask=seen,
+            attention_mask=mask,
             encoder_hidden_states=self.feature_norm(features),
         )
         return self.to_llm(blocks.last_hidden_state[:, : queries.shape[1]])  # [N, num_queries, D]
