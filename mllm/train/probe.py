@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from mllm.models.connectors.qformer import LONGEST
 from mllm.models.multimodal import MultimodalLM
 from mllm.train.losses import NextToken, model_inputs
 from mllm.train.memory import Shape
@@ -114,6 +115,7 @@ def made_up(model: MultimodalLM, shape: Shape, visual_tokens: int) -> Batch:
         row[shape.length - count :] = 0
         left -= count
     pixels = torch.uint8 if model.vision_encoder.normalisation else torch.float32
+    reads = getattr(model.connector, "instruct", False)
     return Batch(
         input_ids=input_ids.view(shape.rows, shape.length),
         labels=labels,
@@ -121,6 +123,7 @@ def made_up(model: MultimodalLM, shape: Shape, visual_tokens: int) -> Batch:
         pixel_values=torch.zeros(max(1, shape.images), 3, side, side, dtype=pixels),
         num_images=shape.images,
         row_images=[shape.images] + [0] * (shape.rows - 1),
+        instruction_ids=torch.zeros(max(1, shape.images), LONGEST, dtype=torch.int64) if reads else None,
         sample_ids=[["made up"] * 2] * shape.rows,
         where=["made up"] * 2 * shape.rows,
         sources=[[0] * 2] * shape.rows,
