@@ -30,7 +30,8 @@ from mllm.data.streams.plan import StreamPlan
 from mllm.data.streams.reader import Stream
 from mllm.inherit import take_over
 from mllm.models.attention import check_isolation
-from mllm.models.build import build_model, check_llm, named, visual_tokens_per_image
+from mllm.models.build import ModelConfig, build_model, check_llm, named, visual_tokens_per_image
+from mllm.models.deferred import CannotDefer, empty_llm
 from mllm.models.multimodal import MultimodalLM
 from mllm.quiet import quiet_libraries
 from mllm.train import checkpointing, durable, engine, held_out, trackers
@@ -38,8 +39,10 @@ from mllm.train.checkpoint import checkpoints, newest
 from mllm.train.forecast import forecast
 from mllm.train.ledger import Quarantine
 from mllm.train.loop import deal, make_plan, num_steps
+from mllm.train.memory import size
 from mllm.train.needs import refuse, tell
 from mllm.train.preflight import numbers, preflight
+from mllm.train.room import memory_for
 from mllm.train.stage_folder import FINISHED, needs_weights, save_stage
 
 if TYPE_CHECKING:
@@ -64,6 +67,8 @@ WRITTEN = (
     "ledger.json",
 )
 """All that a stage writes: what --overwrite removes, and nothing else."""
+HEAVY = 10**9
+"""Bytes of an LLM above which a CPU would take minutes for one micro-batch."""
 
 
 def start(config: RunConfig) -> Accelerator:
@@ -107,14 +112,24 @@ def build_processor(config: RunConfig) -> Processor:
 
 def build(accelerator: Accelerator, config: RunConfig, processor: Processor) -> MultimodalLM:
     """The model of the config. Where each rank will keep a share of the weights only, the LLM is never whole on any, if
-    its files and its adapter allow that; which of the two is said."""
+    its files and its adapter allow that; which of the two is said. A dry run does not read a large one at all."""
     sharded, adapter = engine.shards_weights(accelerator), needs_weights(config.init_from, config.train.lora)
-    model = build_model(config.parts(), processor.image_token_id, deferred=sharded and not adapter)
+    waits = sharded or (config.dry_run and is_heavy(config.parts(), accelerator.device))
+    model = build_model(config.parts(), processor.image_token_id, deferred=waits and not adapter)
     if sharded:
         reason = getattr(model.llm, "whole_because", adapter)
         how = f"whole on each rank while it is built: {reason}" if reason else "one weight at a time into the shards"
         console(accelerator).print(f"the LLM is read {how}", highlight=False)
     return model
+
+
+def is_heavy(parts: ModelConfig, device: torch.device) -> bool:
+    """Is the LLM too large to be tried here, only to tell what it needs? Then its config alone is read."""
+    try:
+        weights = sum(map(size, empty_llm(parts.llm, getattr(torch, parts.dtype), parts.attention).parameters()))
+    except CannotDefer:
+        return False
+    return weights > (HEAVY if device.type == "cpu" else memory_for(device))
 
 
 def inherit(accelerator: Accelerator, config: RunConfig, model: MultimodalLM) -> None:

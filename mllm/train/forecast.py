@@ -19,7 +19,6 @@ from mllm.data.streams.batches import Look
 from mllm.data.streams.plan import StreamPlan
 from mllm.models.multimodal import MultimodalLM
 from mllm.train import engine, zero
-from mllm.train.checkpoint import KEEP
 from mllm.train.checkpointing import switch_on
 from mllm.train.clock import peak_of
 from mllm.train.flops import cost_of, executed
@@ -197,7 +196,7 @@ def why_no_probe(
     if not train.probe:
         return "train.probe is off"
     if any(parameter.is_meta for parameter in model.parameters()):
-        return "the weights are not read yet"
+        return "the LLM's weights are not read yet"
     if engine.shards_weights(accelerator):
         return "each rank will hold a share of the weights only"
     if accelerator.device.type == "cpu" and memory and memory.peak > available:
@@ -216,5 +215,5 @@ def tokens_per_step(known: Index | Look, plan: Plan | StreamPlan) -> float:
 
 
 def disk_of(model: MultimodalLM, train: TrainConfig) -> Disk:
-    kept = KEEP + 1 if train.save_every else 0
+    kept = train.keep_last + train.keep_best + 1 if train.save_every else 0
     return Disk(checkpoint_bytes(model, train.optimizer), kept, stage_bytes(model), disk_free(train.output_dir))

@@ -153,7 +153,7 @@ def trace(model: MultimodalLM, shape: Shape, setup: Setup) -> dict[str, Counter[
         raise NotImplementedError(f"{type(model.llm).__name__} does not run without data: {first}") from error
     finally:
         model.feature_cache = was
-    return {name: named(alive) for name, alive in tracker.peaks.items()}
+    return {phase: named(alive) for phase, alive in tracker.peaks.items() if phase}
 
 
 NAMES = {

@@ -52,7 +52,7 @@ def probed(forecast: Forecast) -> str:
         return f"none: {forecast.why}"
     if not found.fits:
         return "out of memory"
-    return f"{found.seconds:.3g} s forward and backward, {size(found.passing)} beside weights and moments"
+    return f"{short(found.seconds)} s forward and backward, {size(found.passing)} beside weights and moments"
 
 
 def time_words(forecast: Forecast) -> str:
@@ -60,9 +60,8 @@ def time_words(forecast: Forecast) -> str:
     rate = f"{forecast.tokens / forecast.seconds:,.0f} tokens/s"
     whole = timedelta(seconds=round(forecast.seconds * forecast.steps))
     how = "" if forecast.probed and forecast.probed.fits else ", worked out from operations"
-    return (
-        f"{forecast.seconds:.3g} s a step, {rate}, {whole} in all{how} ({operations(forecast.flops)} a step and rank)"
-    )
+    work = f"{operations(forecast.flops)} a step and rank"
+    return f"{short(forecast.seconds)} s a step, {rate}, {whole} in all{how} ({work})"
 
 
 def disk_words(forecast: Forecast) -> str:
@@ -127,16 +126,21 @@ def lever_table(forecast: Forecast) -> Table:
 
 def size(count: float) -> str:
     """Bytes as people read them."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1000 or unit == "GiB":
-            return f"{count:.3g} {unit}" if count < 1000 else f"{count:,.0f} {unit}"
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1000:
+            return f"{short(count)} {unit}"
         count /= 1024
-    raise AssertionError
+    return f"{short(count)} GiB"
 
 
 def operations(count: float) -> str:
-    for unit in ("", "kilo", "mega", "giga"):
+    for unit in ("", "k", "M", "G"):
         if count < 1000:
-            return f"{count:.3g} {unit}FLOP"
+            return f"{short(count)} {unit}FLOP"
         count /= 1000
-    return f"{count:,.3g} TFLOP"
+    return f"{short(count)} TFLOP"
+
+
+def short(number: float) -> str:
+    """Three digits, or all of those before the point."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"

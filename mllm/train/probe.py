@@ -69,6 +69,7 @@ def probe(
         model.zero_grad(set_to_none=True)
     if accelerator.device.type == "cuda":
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(accelerator.device)  # what a run tells later is its own
     return worst(accelerator, found)
 
 
