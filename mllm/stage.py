@@ -34,7 +34,10 @@ from mllm.models.build import ModelConfig, build_model, check_llm, named, visual
 from mllm.models.deferred import CannotDefer, empty_llm
 from mllm.models.multimodal import MultimodalLM
 from mllm.quiet import quiet_libraries
+from mllm.reload import check_reload
 from mllm.train import checkpointing, durable, engine, held_out, trackers
+from mllm.train.audit import FILE as AUDIT_FILE
+from mllm.train.audit import concluded
 from mllm.train.checkpoint import checkpoints, newest
 from mllm.train.forecast import forecast
 from mllm.train.ledger import Quarantine
@@ -65,6 +68,7 @@ WRITTEN = (
     "quarantine.jsonl",
     "guard.jsonl",
     "ledger.json",
+    AUDIT_FILE,
 )
 """All that a stage writes: what --overwrite removes, and nothing else."""
 HEAVY = 10**9
@@ -215,11 +219,29 @@ def close_stage(accelerator: Accelerator, config: RunConfig, model: MultimodalLM
     """Write the stage folder."""
     is_main = accelerator.is_main_process
     save_stage(config.train.output_dir, model, processor, dump_config(config), is_main)
+    check_written(accelerator, config, model, processor)
     if is_main:
         ledger = json.loads((config.train.output_dir / "ledger.json").read_text())
         console(accelerator).print(f"samples: {sentence(ledger)}\n[bold green]finished[/]: {config.train.output_dir}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
+
+
+def check_written(accelerator: Accelerator, config: RunConfig, model: MultimodalLM, processor: Processor) -> None:
+    """The end of the audit: the stage on disk must say what the model in memory says.
+
+    Raises:
+        ValueError: on every rank, where it does not, or where a frozen weight moved.
+    """
+    if config.train.audit == "off":
+        return
+    folder, wrong = config.train.output_dir, ""
+    reloaded = check_reload(accelerator, model, processor, folder, config.train.audit)
+    if accelerator.is_main_process:
+        wrong = concluded(folder, reloaded, console(accelerator))
+    if accelerator.reduce(torch.tensor(float(bool(wrong)), device=accelerator.device), "sum"):
+        accelerator.end_training()
+        raise ValueError(f"the audit failed: {wrong or 'the first rank says why'} ({folder / AUDIT_FILE})")
 
 
 def check_output(config: RunConfig) -> None:

@@ -44,6 +44,7 @@ def write_config(folder: Path, hub: Path, data: Path, stage: str, **train: Any) 
             "learning_rate": {"connector": 1e-2},
             "steps": 3,
             "rows_per_step": 2,
+            "audit": "quick",
             **train,
         },
     }
@@ -128,6 +129,7 @@ def test_two_stages_leave_whole_folders_and_finite_losses(trained: Path) -> None
             "metrics.jsonl",
             "loss.png",
             "ledger.json",
+            "audit.json",
             *more,
         }
         assert [line["step"] for line in lines(trained / stage)] == list(range(1, steps + 1))

@@ -28,6 +28,7 @@ from mllm.data.streams.reader import Stream
 from mllm.models.feature_cache import FeatureCache
 from mllm.models.multimodal import MultimodalLM
 from mllm.train import checkpointing, engine, zero
+from mllm.train.audit import Audit
 from mllm.train.checkpoint import load_optimizer, load_weights, newest_state, save_checkpoint
 from mllm.train.clock import make_clock
 from mllm.train.guard import Guard
@@ -119,6 +120,7 @@ def fit(
     objective, optimizer, trained = engine.prepare(accelerator, NextToken(model), groups, make)
     if first_step:
         load_optimizer(train.output_dir, optimizer, trained)
+    audit = Audit(accelerator, model, train.output_dir, train.audit)
     last_step = num_steps(plan, train)
     ledger = Ledger(train.output_dir, index.tally, data.max_bad_share)
     if isinstance(index, Stream) and accelerator.is_main_process:
@@ -158,8 +160,11 @@ def fit(
                 save_checkpoint(
                     train.output_dir, step + 1, model, optimizer, trained, name, position, is_main, loss, *keep
                 )
+                audit.first_save(step + 1 - first_step)
             if preemption.step:
                 break
+        else:
+            audit.finish(last_step - first_step)
     if is_main:
         ledger.write()
     accelerator.wait_for_everyone()

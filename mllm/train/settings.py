@@ -11,6 +11,7 @@ from typing import Literal
 
 from mllm.schema import Fraction, NotNegative, NotNegativeInt, Positive, Schema
 from mllm.train.adapters import Lora
+from mllm.train.audit import AuditMode
 from mllm.train.checkpointing import Checkpointing
 from mllm.train.guard import GuardConfig
 from mllm.train.losses import Reduction
@@ -81,6 +82,9 @@ class TrainConfig(Schema):
     keep_best: NotNegativeInt = 0
     """Checkpoints that are kept as well, however old: those of the lowest held-out loss, or, where nothing is held out,
     of the lowest training loss over their last 50 steps."""
+    audit: AuditMode = "full"
+    """At the first checkpoint and at the end: did what trains move, and nothing else; does the written stage say what
+    the model in memory says. `full` reads it back in a fresh process (seconds), `quick` in this one."""
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -77,9 +77,11 @@ def choose_trainable(
     if rates.vision_encoder:
         model.vision_encoder.freeze_behind_tap()
     freeze_scaled_to_zero(model, rates)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    for name in PARTS:
+        is_whole = bool(getattr(rates, name)) and not adapters.get(name)
+        for parameter in getattr(model, name).parameters():
+            if parameter.requires_grad or is_whole:  # a part that is half bfloat16 could not compute
+                parameter.data = parameter.data.float()
 
 
 def check_table(model: MultimodalLM, rates: LearningRates, adapters: dict[str, Lora | None]) -> None:
