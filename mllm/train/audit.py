@@ -24,7 +24,11 @@ from mllm.train.shards import put_together
 from mllm.train.trainable import trained_weights
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from accelerate import Accelerator
+
+    from mllm.train.settings import TrainConfig
 
 AuditMode = Literal["full", "quick", "off"]
 FILE = "audit.json"
@@ -39,12 +43,14 @@ NAMED = 5
 class Audit:
     """What every weight was at the start, and what was found since. Every rank makes one and calls it."""
 
-    def __init__(self, accelerator: Accelerator, model: MultimodalLM, folder: Path, mode: AuditMode) -> None:
-        self.accelerator, self.model, self.folder = accelerator, model, folder
-        self.is_on, self.is_first = mode != "off", True
+    def __init__(
+        self, accelerator: Accelerator, model: MultimodalLM, train: TrainConfig, say: Callable[[str], None]
+    ) -> None:
+        self.accelerator, self.model, self.folder, self.say = accelerator, model, train.output_dir, say
+        self.is_on, self.is_first = train.audit != "off", True
         self.declared = set(trained_weights(model))
         self.start = self.fingerprints() if self.is_on else {}
-        self.report: dict[str, Any] = {"mode": mode}
+        self.report: dict[str, Any] = {"mode": train.audit}
 
     def fingerprints(self) -> dict[str, tuple[int, int]]:
         return {name: fingerprint(held(p), name in self.declared) for name, p in self.model.named_parameters()}
@@ -106,10 +112,9 @@ class Audit:
         self.report[moment] = found
         (self.folder / FILE).write_text(json.dumps(self.report, indent=2) + "\n")
         if names := found["never_moved"]:
-            Console().print(
-                f"[bold yellow]warning[/]: {len(names)} of {found['declared']} weights that train have not moved in "
-                f"{found['steps']} steps: {listed(names)}",
-                highlight=False,
+            self.say(
+                f"warning: {len(names)} of {found['declared']} weights that train have not moved in "
+                f"{found['steps']} steps: {listed(names)}"
             )
 
 

@@ -120,7 +120,6 @@ def fit(
     objective, optimizer, trained = engine.prepare(accelerator, NextToken(model), groups, make)
     if first_step:
         load_optimizer(train.output_dir, optimizer, trained)
-    audit = Audit(accelerator, model, train.output_dir, train.audit)
     last_step = num_steps(plan, train)
     ledger = Ledger(train.output_dir, index.tally, data.max_bad_share)
     if isinstance(index, Stream) and accelerator.is_main_process:
@@ -133,6 +132,7 @@ def fit(
     sources, is_main = labels(index.sources), accelerator.is_main_process
     preemption = Preemption(accelerator, last_step)
     with preemption, Metrics(accelerator, train, first_step, last_step) as metrics:
+        audit = Audit(accelerator, model, train, metrics.say)
         held_out = HeldOut(accelerator, index.held_out, processor, data, train, last_step, metrics.say)
         for step in range(first_step, last_step):
             torch.manual_seed(step_seed(train.seed, step, accelerator.process_index))
