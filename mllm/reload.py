@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from mllm.config import load_config, stage_config
-from mllm.data.collate import stack_pixels
+from mllm.data.collate import stack_instructions, stack_pixels
 from mllm.data.processor import Processor
 from mllm.models.build import build_model
 from mllm.models.multimodal import MultimodalLM
@@ -148,8 +148,10 @@ def probe(model: MultimodalLM, processor: Processor, device: torch.device) -> Te
     prompt = processor.prompt(question())
     ids = torch.tensor([prompt.input_ids], device=device)  # [1, S]
     pixels = stack_pixels([prompt.pixel_values], processor.pixel_shape).to(device)  # [1, 3, H, W]
+    words = stack_instructions(prompt.instructions)
+    positions = torch.arange(ids.shape[1], device=device)[None]
     with roots_whole(model):
-        hidden = model(ids, torch.arange(ids.shape[1], device=device)[None], pixels, len(prompt.pixel_values))
+        hidden = model(ids, positions, pixels, 1, None if words is None else words.to(device))  # [1, S, D]
         return model.logits(hidden[0, -POSITIONS:]).float().cpu()
 
 
