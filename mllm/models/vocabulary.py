@@ -16,20 +16,22 @@ SHORT = 0.1
 """A row shorter than this share of the median row: reserved rows are zeros nearly, trained ones differ by a few."""
 
 
-def untrained_tokens(llm: Any, tokens: Mapping[str, int]) -> list[str]:
-    """The tokens whose rows look untrained.
+def untrained_tokens(llm: Any, tokens: Mapping[str, int]) -> list[str] | None:
+    """The tokens whose rows look untrained; None where the table cannot be looked at, because it is read later.
 
     Raises:
         ValueError: a token has no row.
     """
     table: Tensor = llm.get_input_embeddings().weight.detach()  # [vocabulary, D]
-    if table.is_meta or not table.numel():  # cut up over ranks, or without values
-        return []
+    if not len(table):  # cut up over ranks
+        return None
     missing = [token for token, number in tokens.items() if number >= len(table)]
     if missing:
         raise ValueError(
             f"the chat template prints {', '.join(missing)}, but the embedding table of {type(llm).__name__} has "
             f"{len(table)} rows and none for that: take the tokenizer of this LLM, or a template in words it knows"
         )
+    if table.is_meta:  # without values
+        return None
     lengths = table.float().norm(dim=-1)  # [vocabulary]
     return [token for token, number in tokens.items() if lengths[number] < SHORT * lengths.median()]

@@ -135,8 +135,8 @@ def template_line(model: MultimodalLM, processor: Processor) -> Text:
     tokens = chat.template_tokens(processor.tokenizer)
     untrained = untrained_tokens(model.llm, tokens)
     if not untrained:
-        rows = f"{' '.join(tokens)}, all with rows that the LLM has learned" if tokens else "plain words"
-        return Text(f"chat template: {rows}")
+        looked = "all with rows that the LLM has learned" if untrained is not None else "rows not read yet"
+        return Text(f"chat template: {' '.join(tokens)}, {looked}" if tokens else "chat template: plain words")
     learns = model.llm.get_input_embeddings().weight.requires_grad
     remedy = "they are trained here" if learns else "nothing here trains them: take the instruct model of this LLM"
     return Text.assemble(

@@ -54,4 +54,7 @@ def test_template_token_without_a_row_is_refused_by_name() -> None:
 
 
 def test_table_without_values_is_not_judged() -> None:
-    assert untrained_tokens(make_llm().to("meta"), {"<s>": 1}) == []
+    assert untrained_tokens(make_llm().to("meta"), {"<s>": 1}) is None
+    model = make_model()
+    model.llm.to("meta")
+    assert template_line(model, make_processor()).plain.endswith("rows not read yet")
