@@ -6,6 +6,7 @@ another: what was asked for runs, or the run stops.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,9 +21,30 @@ if TYPE_CHECKING:
 
 
 def process_group() -> list[Any]:
-    """What `Accelerator` must be told before it exists."""
+    """What `Accelerator` must be told before it exists.
+
+    Raises:
+        ValueError: fewer processes were started than asked for, or FSDP was asked for something that is not done.
+    """
+    check_launcher()
     fsdp.take_over()
     return zero.process_group()
+
+
+def check_launcher() -> None:
+    """`accelerate launch --cpu --num_processes 2` starts one process, and tells nobody but that process, by an address
+    at which the others would be met.
+
+    Raises:
+        ValueError: says how to start more than one.
+    """
+    is_alone = "ACCELERATE_MIXED_PRECISION" in os.environ and "RANK" not in os.environ
+    if is_alone and "MASTER_PORT" in os.environ:
+        raise ValueError(
+            "accelerate launch was asked for several processes and started one, as it does with --cpu: start them with "
+            "--config_file deepspeed_configs/accelerate_cpu_zero2.yaml (or accelerate_cpu_fsdp2.yaml), or with "
+            "torchrun --nproc_per_node 2; for one process leave out --num_processes, and unset MASTER_PORT"
+        )
 
 
 def confirm(accelerator: Accelerator) -> None:

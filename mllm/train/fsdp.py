@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from mllm.models.deferred import materialise
@@ -48,6 +49,8 @@ def take_over() -> None:
         if os.environ.get(name, "false").lower() == "true":
             raise ValueError(f"the launcher's config sets {instead}")
     os.environ.update({"ACCELERATE_USE_FSDP": "false", TAKEN: "true"})
+    if not torch.cuda.is_available():
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # else accelerate would take each process for the only one
 
 
 def confirm(accelerator: Accelerator) -> None:
@@ -66,8 +69,6 @@ def confirm(accelerator: Accelerator) -> None:
 
 
 def is_joined() -> bool:
-    import torch
-
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
