@@ -1,11 +1,25 @@
-"""On a CUDA device: what the CPU tests prove in float32 holds in bfloat16 too, and a stage trains there."""
+"""On CUDA devices: what the CPU tests prove in float32 holds in bfloat16 too, and every engine trains the same run.
+
+    python -m pytest tests/test_gpu.py
+
+Runs start in processes of their own; what needs two devices, or DeepSpeed, says so and is skipped without.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+import yaml
 
-from conftest import make_model, make_processor, make_sample
+from conftest import make_model, make_processor, make_sample, write_llava
 from mllm.data.collate import collate
 from mllm.data.packing import join
 from mllm.train.losses import NextToken, model_inputs
@@ -49,3 +63,94 @@ def test_float32_loss_on_the_device_equals_the_loss_on_the_cpu() -> None:
     on_cpu = float(NextToken(model)(**model_inputs(batch, torch.device("cpu"))).detach())
     on_device, _ = loss_and_gradient(model.to("cuda"), [batch])
     assert on_device == pytest.approx(on_cpu, rel=1e-4)
+
+
+def test_uint8_pixels_are_normalised_on_the_device_as_on_the_cpu() -> None:
+    encoder = make_model().vision_encoder
+    drawn = torch.randint(0, 256, (2, 3, 28, 28), generator=torch.Generator().manual_seed(0))
+    pixels = drawn.to(torch.uint8)
+    on_cpu = encoder.normalised(pixels)
+    on_device = encoder.to("cuda").normalised(pixels.to("cuda"))
+    assert (on_device.device.type, on_device.dtype) == ("cuda", torch.float32)
+    torch.testing.assert_close(on_device.cpu(), on_cpu, rtol=1e-6, atol=1e-6)
+
+
+ROOT = Path(__file__).parent.parent
+ENGINES = {
+    "plain": "DDP or one process",
+    "zero2": "DeepSpeed ZeRO stage 2",
+    "zero3": "DeepSpeed ZeRO stage 3",
+    "zero3_offload": "DeepSpeed ZeRO stage 3",
+    "fsdp2": "FSDP2",
+}
+WHAT: dict[str, dict[str, Any]] = {
+    "align": {"learning_rate": {"connector": 1e-2}},
+    "lora": {"learning_rate": {"connector": 1e-3, "llm": 1e-2}, "lora": {"rank": 4, "alpha": 8}},
+}
+PRECISION = {"float32": ("float32", "no", 1e-4), "bfloat16": ("bfloat16", "bf16", 2e-2)}
+"""Of frozen weights, of the computation, and how near two runs must be."""
+needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+
+
+@pytest.fixture(scope="module")
+def runs(hub: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gpu")
+    (folder / "hub").symlink_to(hub)
+    write_llava(folder, 12)
+    return folder
+
+
+def losses(runs: Path, engine: str, what: str, precision: str, devices: int) -> list[float]:
+    """Of four steps under an engine, started as a user starts it; kept for the next test that asks."""
+    name = f"{engine}-{what}-{precision}-{devices}"
+    if not (runs / name / "ledger.json").is_file():
+        train(runs, name, engine, what, precision, devices)
+    return [json.loads(line)["loss"] for line in (runs / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def train(runs: Path, name: str, engine: str, what: str, precision: str, devices: int) -> None:
+    dtype, mixed, _ = PRECISION[precision]
+    steps = {"steps": 4, "rows_per_step": 4, "rows_per_micro_batch": 2, "mixed_precision": mixed}
+    config = {
+        "model": {"vision_encoder": str(runs / "hub" / "encoder"), "llm": str(runs / "hub" / "llm"), "dtype": dtype},
+        "data": {"sources": [{"path": str(runs / "data.json")}], "seq_length": 96, "num_workers": 0},
+        "train": {"output_dir": str(runs / name), **steps, **WHAT[what]},
+    }
+    (runs / f"{name}.yaml").write_text(yaml.safe_dump(config))
+    chosen = ["--config_file", f"deepspeed_configs/accelerate_{engine}.yaml"] if engine != "plain" else []
+    if not chosen and devices > 1:
+        chosen = ["--multi_gpu"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *chosen, "--num_processes", str(devices)]
+    command += ["recipes/pretrain.py", "--config", str(runs / f"{name}.yaml")]
+    environment = {**os.environ, "COLUMNS": "200", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    environment.pop("ACCELERATE_USE_CPU", None)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-4000:]
+    said = f"ranks: {devices}, on cuda" + ("" if engine == "plain" else f", {ENGINES[engine]}")
+    assert said in done.stdout
+
+
+def skip_without(engine: str) -> None:
+    if engine.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed: pip install 'mllm[deepspeed]'")
+
+
+@pytest.mark.parametrize("precision", PRECISION)
+@pytest.mark.parametrize("what", WHAT)
+@pytest.mark.parametrize("engine", ["zero2", "zero3", "zero3_offload", "fsdp2"])
+def test_engine_on_one_device_has_the_losses_of_one_process(runs: Path, engine: str, what: str, precision: str) -> None:
+    skip_without(engine)
+    expected = losses(runs, "plain", what, precision, 1)
+    assert losses(runs, engine, what, precision, 1) == pytest.approx(expected, rel=PRECISION[precision][2])
+
+
+@needs_two
+@pytest.mark.parametrize("precision", PRECISION)
+@pytest.mark.parametrize("what", WHAT)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_engine_on_two_devices_has_the_losses_of_one_process(
+    runs: Path, engine: str, what: str, precision: str
+) -> None:
+    skip_without(engine)
+    expected = losses(runs, "plain", what, precision, 1)
+    assert losses(runs, engine, what, precision, 2) == pytest.approx(expected, rel=PRECISION[precision][2])
