@@ -19,7 +19,7 @@ def start(engine: str, folder: Path, precision: str = "no") -> Accelerator:
     """Never another engine in silence. `folder` holds the JSON of a ZeRO engine."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", TAKEN):
+    for name in ("ACCELERATE_USE_CPU", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", TAKEN):
         os.environ.pop(name, None)
     if engine.startswith("zero"):
         os.environ.update(
