@@ -19,7 +19,7 @@ test-long: .venv/ready  ## the campaigns: runs killed at random, hundreds of ste
 
 test-export: export OMP_NUM_THREADS := 1
 test-export: .venv/transformers-4.57/finished  ## exported folders, loaded by the transformers before 5 as well
-	MLLM_TRANSFORMERS_4_57=.venv/transformers-4.57 $(BIN)/python -m pytest tests/export -m 'long or not long' --timeout 900
+	MLLM_TRANSFORMERS_4_57=.venv/transformers-4.57 $(BIN)/python -m pytest tests/export tests/test_hub.py -m 'long or not long' --timeout 900
 
 .venv/transformers-4.57/finished: .venv/ready
 	$(BIN)/pip install --quiet --upgrade --target .venv/transformers-4.57 transformers==4.57.6

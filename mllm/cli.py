@@ -185,7 +185,7 @@ def export(
         out: Folder to write; beside the stage, `NAME-transformers` say, where it is not given.
         dtype: Of the weights; auto is that of the frozen parts in training.
         check_with: A version of transformers (4.57.6) or the path of a Python that must load it too; may be repeated.
-            Not given: 4.57.6, from the cache, or installed there by pip once if there is a network.
+            Not given: 4.57.6, from the cache, or installed there by pip once if there is a network. `here`: none.
         overwrite: Replace what an earlier export left in the folder.
     """
     quiet_libraries()
@@ -193,6 +193,33 @@ def export(
 
     folder = out or Path(f"{Path(model).name}-{to}" if not Path(model).is_dir() else f"{Path(model)}-{to}")
     print(*write(model, folder, to, dtype, list(check_with), overwrite).lines(), sep="\n")
+
+
+def push(
+    repo: Annotated[str, tyro.conf.Positional],
+    model: Annotated[str, tyro.conf.Positional],
+    to: Literal["transformers", "merged", "adapter", "gguf"] = "transformers",
+    private: bool = False,
+    dry_run: bool = False,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    check_with: Annotated[list[str], tyro.conf.UseAppendAction] = [],  # noqa: B006
+) -> None:
+    """Export a model, prove it, and send it to the Hub with a card made from its run.
+
+    Args:
+        repo: OWNER/NAME; made if it is not there.
+        model: Stage folder or Hub id of one.
+        to: Form, as of `mllm export`.
+        private: Make the repository private.
+        dry_run: List what would go up and print the card; send nothing.
+        dtype: Of the weights; auto is that of the frozen parts in training.
+        check_with: As of `mllm export`.
+    """
+    quiet_libraries()
+    from mllm import hub
+
+    pushed = hub.push(repo, model, to, private, dry_run, dtype, list(check_with))
+    print(*([pushed.card] if dry_run else []), *pushed.lines(), sep="\n")
 
 
 def info(
@@ -222,7 +249,13 @@ def info(
 
 def main() -> None:
     """The entry point; a user's mistake is one line, not a traceback."""
-    commands: dict[str, Callable[..., Any]] = {"chat": chat, "eval": evaluate, "export": export, "info": info}
+    commands: dict[str, Callable[..., Any]] = {
+        "chat": chat,
+        "eval": evaluate,
+        "export": export,
+        "info": info,
+        "push": push,
+    }
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="mllm", description=(__doc__ or "").splitlines()[0])
     except ValueError as error:

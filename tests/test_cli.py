@@ -76,7 +76,7 @@ def test_import_and_help_take_less_than_a_second(command: tuple[str, ...]) -> No
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], *([name, "--help"] for name in ("chat", "eval", "export", "info"))], ids=" ".join
+    "arguments", [["--help"], *([name, "--help"] for name in ("chat", "eval", "export", "info", "push"))], ids=" ".join
 )
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     program = (

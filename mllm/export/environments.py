@@ -38,6 +38,8 @@ def choose(named: list[str]) -> tuple[list[Environment], str]:
     Raises:
         ValueError: what was named is neither a Python nor a version that pip can install.
     """
+    if named == ["here"]:
+        return [HERE], "checked under the installed transformers alone (--check-with here)"
     if named:
         return [HERE, *(parse(name) for name in named)], ""
     if not installed(OLD) and offline():

@@ -22,7 +22,7 @@ from mllm.train.stage_folder import save_stage
 
 def write(model: str, folder: Path, dtype: Dtype, check_with: list[str]) -> Exported:
     """Merge, save, load again, compare."""
-    if check_with:
+    if check_with not in ([], ["here"]):
         raise ValueError("--check-with is for other people's loaders: --to merged is read by mllm alone")
     trained = load(model)
     name = trained.parts.dtype if dtype == "auto" else dtype

@@ -38,6 +38,7 @@ def test_merged_stage_in_bfloat16_says_so_in_its_config(stage: Path, tmp_path: P
     assert kinds == {"torch.bfloat16"}
 
 
+@pytest.mark.long
 def test_adapter_on_its_base_is_the_trained_model_in_a_fresh_process(stage: Path, tmp_path: Path) -> None:
     exported = export(str(stage), tmp_path / "out", "adapter", "bfloat16")
     assert [proof.faults for proof in exported.proofs] == [()]

@@ -41,7 +41,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     return {name: field.contents() for name, field in reader.fields.items()}, tensors
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", pytest.param("qwen3", marks=pytest.mark.long)])
 def test_pair_holds_every_weight_of_the_merged_model(family: str, tmp_path: Path) -> None:
     stage = made(tmp_path, family)
     exported = export(str(stage), tmp_path / "out", "gguf")
@@ -69,7 +69,7 @@ def test_pair_holds_every_weight_of_the_merged_model(family: str, tmp_path: Path
     assert any("llama.cpp itself was not run" in note for note in exported.notes)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.long)])
 def test_half_precision_is_read_back_too(dtype: Any, tmp_path: Path) -> None:
     export(str(made(tmp_path)), tmp_path / "out", "gguf", dtype)
     kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "out/model.gguf").tensors}
@@ -81,10 +81,10 @@ def test_half_precision_is_read_back_too(dtype: Any, tmp_path: Path) -> None:
     ("parts", "stage", "reason"),
     [
         ({"encoder": "clip"}, {}, "issue 25814"),
-        ({"encoder": "dinov2"}, {}, "issue 25814"),
-        ({}, {"connector": PixelShuffleConnector()}, "not two linear layers"),
+        pytest.param({"encoder": "dinov2"}, {}, "issue 25814", marks=pytest.mark.long),
+        pytest.param({}, {"connector": PixelShuffleConnector()}, "not two linear layers", marks=pytest.mark.long),
         ({}, {"connector": LinearConnector()}, "not two linear layers"),
-        ({}, {"feature_layer": [-2, -3]}, "several layers"),
+        pytest.param({}, {"feature_layer": [-2, -3]}, "several layers", marks=pytest.mark.long),
         ({"llm": "gpt_neox"}, {}, "gpt_neox"),
     ],
 )

@@ -28,7 +28,11 @@ CELLS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", CELLS)
+FAST = ("siglip, mlp", "q-former")
+"""The others in `make test-export`."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FAST else pytest.mark.long) for n in CELLS])
 def test_answer_before_training_is_what_export_decides(name: str, tmp_path: Path) -> None:
     parts, stage, architecture, vllm, llama_cpp = CELLS[name]
     make_parts(tmp_path, **parts)
