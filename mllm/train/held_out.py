@@ -70,17 +70,15 @@ class HeldOut:
         self.warmed_up = train.warmup * last_step
         share = Share(accelerator.process_index, accelerator.num_processes, train.rows_per_micro_batch)
         self.batches = HeldOutBatches(index, processor, data, share) if index else None
-        self.newest: HeldOutLoss | None = None
-        """What was found last: by it the best checkpoint is known."""
 
     def at(self, step: int, objective: nn.Module, model: MultimodalLM) -> dict[str, dict[str, float]]:
         """What the line of that step tells of it: nothing where it is not due. `step` steps are done."""
         if self.batches is None or (step % self.every and step != self.last_step):
             return {}
-        self.newest = self.ask(self.batches, objective, model)
-        if self.newest.looks is False and step > self.warmed_up:
-            self.say(WARNING.format(**self.newest.numbers()))
-        return {"held_out": self.newest.numbers()}
+        found = self.ask(self.batches, objective, model)
+        if found.looks is False and step > self.warmed_up:
+            self.say(WARNING.format(**found.numbers()))
+        return {"held_out": found.numbers()}
 
     def ask(self, batches: HeldOutBatches, objective: nn.Module, model: MultimodalLM) -> HeldOutLoss:
         """The three losses over all held-out samples."""

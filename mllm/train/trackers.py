@@ -62,7 +62,7 @@ class Tracking:
             folder = self.train.output_dir
             self.accelerator.log_with = list(self.train.trackers)  # type: ignore[assignment]
             self.accelerator.project_configuration.logging_dir = str(folder / "tensorboard")
-            told = options(self.train, run_id(folder, fresh=self.first_step == 0), self.first_step)
+            told = options(self.train, run_id(folder), self.first_step)
             self.accelerator.init_trackers(self.train.project, init_kwargs=told)
             for tracker in self.accelerator.trackers:
                 describe(tracker, folder / "config.yaml")
@@ -85,10 +85,11 @@ class Tracking:
                 tracker.finish()
 
 
-def run_id(folder: Path, fresh: bool) -> str:
-    """What the services know this run by; a run that goes on keeps it."""
+def run_id(folder: Path) -> str:
+    """What the services know this run by, until the folder is emptied: a run that goes on keeps it, also one that was
+    cut off before its first checkpoint."""
     path = folder / REMEMBERED
-    if fresh or not path.exists():
+    if not path.exists():
         durable.write_text(path, json.dumps({"id": uuid.uuid4().hex[:8]}) + "\n")
     return str(json.loads(path.read_text())["id"])
 
@@ -96,11 +97,10 @@ def run_id(folder: Path, fresh: bool) -> str:
 def options(train: TrainConfig, run: str, first_step: int) -> dict[str, dict[str, Any]]:
     """What each tracker is started with."""
     name = train.run_name or "/".join(train.output_dir.resolve().parts[-2:])
-    resume = "allow" if first_step else "never"
     return {
-        "tensorboard": {"purge_step": first_step + 1} if first_step else {},
-        "wandb": {"name": name, "id": run, "resume": resume, "dir": str(train.output_dir)},
-        "trackio": {"name": f"{name}-{run}", "resume": resume},
+        "tensorboard": {"purge_step": first_step + 1},
+        "wandb": {"name": name, "id": run, "resume": "allow", "dir": str(train.output_dir)},
+        "trackio": {"name": f"{name}-{run}", "resume": "allow"},
     }
 
 
