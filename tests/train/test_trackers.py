@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 
 from mllm.config import RunConfig, validate
-from mllm.stage import start
+from mllm.stage import remove, start
 from mllm.train import trackers
 from mllm.train.screen import flat
 from mllm.train.trackers import Tracking, options, run_id
@@ -68,6 +68,18 @@ def test_resumed_run_goes_on_in_the_same_curves_and_draws_no_step_twice(
     assert_drawn_as_written(config.output_dir)
 
 
+def test_run_that_was_cut_off_before_its_first_checkpoint_draws_no_step_twice(
+    llava_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorboard")
+    data, config = llava_folder(8), settings(tmp_path / "out", steps=3, trackers=["tensorboard"])
+    run(data, config)
+    name = run_id(config.output_dir)
+    run(data, config, resume=True)
+    assert run_id(config.output_dir) == name
+    assert [step for step, _ in drawn(config.output_dir)["loss"]] == [1, 2, 3]
+
+
 def on_rank(rank: int, data: Path, folder: Path) -> None:
     config = settings(folder, steps=2, rows_per_micro_batch=1, trackers=["tensorboard"])
     run(data, config, accelerator=Accelerator(cpu=True))
@@ -83,7 +95,7 @@ def test_one_rank_alone_draws(tmp_path: Path) -> None:
 
 def test_run_without_trackers_leaves_no_trace_of_them(llava_folder: Callable[..., Path], tmp_path: Path) -> None:
     run(llava_folder(8), settings(tmp_path / "out", steps=1))
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"metrics.jsonl", "loss.png", "ledger.json"}
+    assert not {"tensorboard", "wandb", "trackers.json"} & {path.name for path in (tmp_path / "out").iterdir()}
 
 
 def test_missing_package_stops_the_run_before_it_starts_and_says_how_to_install_it(
@@ -147,16 +159,11 @@ def test_run_that_fails_is_shown_as_failed(tmp_path: Path) -> None:
 
 
 def test_services_know_a_resumed_run_by_its_id_and_a_new_one_by_another(tmp_path: Path) -> None:
-    first = run_id(tmp_path, fresh=True)
-    assert run_id(tmp_path, fresh=False) == first
-    assert run_id(tmp_path, fresh=True) != first
+    first = run_id(tmp_path)
+    assert run_id(tmp_path) == first
+    remove(tmp_path)  # as --overwrite does
+    assert run_id(tmp_path) != first
     begun, resumed = (options(settings(tmp_path / "llava" / "align"), "abc", step) for step in (0, 4))
-    assert begun["wandb"] == {
-        "name": "llava/align",
-        "id": "abc",
-        "resume": "never",
-        "dir": str(tmp_path / "llava/align"),
-    }
-    assert (resumed["wandb"]["id"], resumed["wandb"]["resume"]) == ("abc", "allow")
-    assert begun["trackio"]["name"] == resumed["trackio"]["name"]
+    assert (begun["wandb"]["name"], begun["wandb"]["id"]) == ("llava/align", "abc")
+    assert (begun["wandb"], begun["trackio"]) == (resumed["wandb"], resumed["trackio"])
     assert resumed["tensorboard"] == {"purge_step": 5}
