@@ -29,7 +29,7 @@ from mllm.data.streams.batches import open_stream
 from mllm.data.streams.plan import StreamPlan
 from mllm.data.streams.reader import Stream
 from mllm.inherit import take_over
-from mllm.models.attention import check_isolation
+from mllm.models.attention import check_isolation, check_rotation
 from mllm.models.build import ModelConfig, build_model, check_llm, named, visual_tokens_per_image
 from mllm.models.deferred import CannotDefer, empty_llm
 from mllm.models.multimodal import MultimodalLM
@@ -179,6 +179,8 @@ def check_run(
     """Tell the run before its first step; stop it where data or labels are wrong."""
     if config.data.packing:
         check_isolation(model.llm)
+    if config.data.packing or config.train.rows_per_micro_batch > 1:
+        check_rotation(model.llm, plan.seq_length if isinstance(index, Stream) else int(index.length.max()))
     deal(accelerator, index, plan, processor, config.train)
     with console(accelerator).status("counting the steps"):
         steps = num_steps(plan, config.train)

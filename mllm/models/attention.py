@@ -42,6 +42,28 @@ def check_isolation(llm: Any) -> None:
         )
 
 
+def check_rotation(llm: Any, longest: int) -> None:
+    """Samples of up to `longest` tokens beside each other must be rotated as each is alone.
+
+    Two kinds of rotary positions do not do that: `longrope` (Phi-3 of long context) and `dynamic` change the
+    frequencies of a whole batch once one position in it is beyond those of pretraining.
+
+    Raises:
+        ValueError: the LLM has one of these, and a sample is that long.
+    """
+    config = llm.config.get_text_config()
+    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    kind = str(rope.get("rope_type"))
+    learned = getattr(config, "max_position_embeddings", None)
+    limits = {"longrope": rope.get("original_max_position_embeddings"), "dynamic": learned}
+    if (limit := limits.get(kind)) and longest > limit:
+        raise ValueError(
+            f"{type(llm).__name__} has {kind} positions, which turn otherwise for a whole micro-batch once a sample in "
+            f"it is longer than {limit} tokens, and the longest here has {longest}: samples would change each other. "
+            f"Set data.seq_length to at most {limit}"
+        )
+
+
 def shrunk_twin(llm: Any) -> Any:
     """An LLM of the same config, drawn at random and without its many layers and words: of each kind of layer one."""
     from transformers import AutoModelForCausalLM

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig, GPT2Config, MambaConfig, OPTConfig
 
 from conftest import make_llm
-from mllm.models.attention import check_isolation
+from mllm.models.attention import check_isolation, check_rotation
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}
 LEAKING = {
@@ -35,6 +35,39 @@ def test_llm_that_leaks_between_packed_samples_is_refused_with_the_remedy(family
     torch.manual_seed(0)
     with pytest.raises(ValueError, match=r"see each other.*data\.packing"):
         check_isolation(AutoModelForCausalLM.from_config(LEAKING[family], attn_implementation="eager"))
+
+
+ROPES = {
+    "longrope": ("phi3", {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "original_max_position_embeddings": 16}),
+    "dynamic": ("llama", {"factor": 2.0}),
+    "yarn": ("llama", {"factor": 4.0, "original_max_position_embeddings": 16}),
+    "llama3": (
+        "llama",
+        {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+@pytest.mark.parametrize("longest", [16, 30])
+def test_rotation_that_hangs_on_the_longest_sample_is_refused_and_no_other(kind: str, longest: int) -> None:
+    """What the check says is what the LLM does: the neighbour of a long sample is asked."""
+    family, more = ROPES[kind]
+    rope = {"rope_type": kind, "rope_theta": 1e4, **more}
+    size = 16 if kind == "dynamic" else 64
+    phi = {"sliding_window": None, "original_max_position_embeddings": 16} if family == "phi3" else {}
+    llm = make_llm(family, rope_parameters=rope, max_position_embeddings=size, **phi).eval()
+    short, long = torch.arange(6, 14), torch.arange(6, 6 + longest)
+    positions = torch.cat([torch.arange(8), torch.arange(longest)])[None]
+    with torch.no_grad():
+        alone = llm(input_ids=short[None], position_ids=torch.arange(8)[None], use_cache=False).logits
+        beside = llm(input_ids=torch.cat([short, long])[None], position_ids=positions, use_cache=False).logits[:, :8]
+    if torch.allclose(alone, beside, rtol=0, atol=1e-5):
+        check_rotation(llm, longest)
+    else:
+        with pytest.raises(ValueError, match=rf"{kind} positions.*longer than 16 .*seq_length to at most 16"):
+            check_rotation(llm, longest)
+    assert torch.allclose(alone, beside, rtol=0, atol=1e-5) == (longest == 16 or kind in ("yarn", "llama3"))
 
 
 def test_check_leaves_no_gradient_behind() -> None:
