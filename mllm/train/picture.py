@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Line = dict[str, Any]
-HELD_OUT = {"loss": ("black", "held out"), "shuffled": ("tab:orange", "shuffled images"), "blank": ("0.6", "blank")}
+HELD_OUT = {"loss": ("black", "held out"), "shuffled": ("tab:red", "shuffled images"), "blank": ("0.6", "blank")}
 """Colour and name of each held-out curve."""
-SHOWN_SOURCES = 8
-"""Curves of sources in one picture, of the first ones; more could not be told apart."""
+SOURCES = ("orange", "green", "purple", "brown", "pink", "olive", "cyan")
+"""Colours of the curves of sources, the first ones; more could not be told apart."""
 
 
 def draw_loss(lines: list[Line], path: Path) -> None:
@@ -42,9 +42,11 @@ def draw_loss(lines: list[Line], path: Path) -> None:
 def curves(lines: list[Line]) -> Iterator[tuple[str, list[int], list[float], dict[str, Any]]]:
     """Name, steps, losses and style of each curve, the faint ones first."""
     sources = list(dict.fromkeys(name for line in lines for name in line.get("source_loss", {})))
-    for name in sources[:SHOWN_SOURCES] if len(sources) > 1 else []:
-        yield name, *points(lines, "source_loss", name), {"linewidth": 0.8, "alpha": 0.6}
-    yield "training", [line["step"] for line in lines], [line["loss"] for line in lines], {"linewidth": 1.2}
+    for name, colour in zip(sources, SOURCES, strict=False) if len(sources) > 1 else []:
+        style = {"linewidth": 0.8, "alpha": 0.6, "color": f"tab:{colour}"}
+        yield name, *points(lines, "source_loss", name), style
+    style = {"linewidth": 1.2, "color": "tab:blue"}
+    yield "training", [line["step"] for line in lines], [line["loss"] for line in lines], style
     for name, (colour, label) in HELD_OUT.items():
         steps, losses = points(lines, "held_out", name)
         if steps:
