@@ -47,6 +47,7 @@ from mllm.train.needs import refuse, tell
 from mllm.train.preflight import numbers, preflight
 from mllm.train.room import memory_for
 from mllm.train.stage_folder import FINISHED, needs_weights, save_stage
+from mllm.train.watchdog import RankStopped
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -67,6 +68,7 @@ WRITTEN = (
     trackers.REMEMBERED,
     "quarantine.jsonl",
     "guard.jsonl",
+    "hang.jsonl",
     "ledger.json",
     AUDIT_FILE,
 )
@@ -300,9 +302,15 @@ def console(accelerator: Accelerator) -> Console:
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """A user's mistake is told in words, without a traceback, and ends the run with exit code 2."""
+    """A user's mistake is told in words, without a traceback, and ends the run with exit code 2. What another rank ran
+    into, or all ranks, is said once."""
     try:
         yield
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not getattr(error, "silent", False):
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except RankStopped as error:
+        if error.speaks:
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.code)

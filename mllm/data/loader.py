@@ -7,7 +7,7 @@ planned length. Nothing draws a random number.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -148,6 +148,10 @@ class PlannedBatches(Examples, Dataset[Batch]):
         for step in range(first_step, last_step):
             yield from self.share.micro_batches(self.plan.rows(step))
 
+    def names(self, rows: list[list[int]]) -> Iterator[str]:
+        """Sample ids of one of the items."""
+        return (self.index.id(number) for row in rows for number in row)
+
     def __getitem__(self, rows: list[list[int]]) -> Batch:
         shape = self.processor.pixel_shape
         return collate([join([self.example(number) for number in row], shape) for row in rows], shape)
@@ -162,8 +166,14 @@ def hole(fault: Fault, length: int, source: int, no_pixels: torch.Tensor) -> Exa
 
 
 def batches(
-    dataset: PlannedBatches | StreamedBatches, first_step: int, last_step: int, num_workers: int
+    dataset: PlannedBatches | StreamedBatches,
+    first_step: int,
+    last_step: int,
+    num_workers: int,
+    asked: Callable[..., Iterator[Any]] | None = None,
 ) -> Iterator[Batch]:
-    """The micro-batches of this rank from `first_step` up to, not including, `last_step`."""
-    items = dataset.items(first_step, last_step)
+    """The micro-batches of this rank from `first_step` up to, not including, `last_step`. `asked` is handed the items
+    as they are asked for, with the way to their sample ids, and gives them on."""
+    items: Iterator[Any] = dataset.items(first_step, last_step)
+    items = asked(items, dataset.names) if asked else items
     return read_ahead(dataset, items, num_workers, pin_memory=torch.cuda.is_available())

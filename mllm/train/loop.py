@@ -44,6 +44,7 @@ from mllm.train.schedule import rate_factor, rates, set_rates
 from mllm.train.settings import TrainConfig
 from mllm.train.step import optimise
 from mllm.train.trainable import parameter_groups, set_mode
+from mllm.train.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -128,10 +129,12 @@ def fit(
     if resume:
         ledger.resume(accelerator, first_step)
         guard.resume(accelerator, first_step)
-    micro_batches = batches(dataset, first_step, last_step, data.num_workers)
+    watchdog = Watchdog(accelerator, train.output_dir, train.hang_seconds, train.hang_stop_seconds)
+    micro_batches = batches(dataset, first_step, last_step, data.num_workers, watchdog.asked)
+    micro_batches = watchdog.loaded(micro_batches, first_step, dataset.accumulation)
     sources, is_main = labels(index.sources), accelerator.is_main_process
     preemption = Preemption(accelerator, last_step)
-    with preemption, Metrics(accelerator, train, first_step, last_step) as metrics:
+    with watchdog, preemption, Metrics(accelerator, train, first_step, last_step) as metrics:
         audit = Audit(accelerator, model, train, metrics.say)
         held_out = HeldOut(accelerator, index.held_out, processor, data, train, last_step, metrics.say)
         for step in range(first_step, last_step):
@@ -148,7 +151,9 @@ def fit(
                 sources,
                 guard,
                 room,
+                watchdog.beat,
             )
+            watchdog.beat("after the step", slow=True)
             numbers = guard.note(accelerator, step + 1, numbers)
             numbers |= {**plan.counts(step), **rates(optimizer), **clock.lap(plan.counts(step)["tokens"])}
             numbers |= held_out.at(step + 1, objective, model)

@@ -75,6 +75,11 @@ class TrainConfig(Schema):
     probe: bool = True
     """Before the first step, compute the largest micro-batch once: what does not fit fails there, and the time of a
     step is known. Changes no result."""
+    hang_seconds: NotNegative = 45.0
+    """Seconds without a step after which a run says which rank it waits for, at which step, and with which samples; 0
+    does not watch."""
+    hang_stop_seconds: NotNegative = 600.0
+    """Seconds after which it ends."""
     save_every: Positive | None = None
     """Steps between checkpoints; where it is not set, one is written only if the run is told to go (SIGTERM)."""
     keep_last: Positive = KEEP

@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 
 BUCKET = 25 * 2**20
 """Bytes of gradients that travel together: as many as DDP sends at once."""
-Beat = Callable[[str], None]
+Beat = Callable[..., None]
 
 
-def mute(phase: str) -> None:
+def mute(phase: str, batch: Batch | None = None) -> None:
     """Nobody watches."""
 
 
@@ -143,7 +143,7 @@ class Attempt:
 
     def try_forward(self, batch: Batch) -> torch.Tensor | None:
         """The weighted sum of one micro-batch; None where memory ran out. An error names whose it is."""
-        self.beat("forward")
+        self.beat("forward", batch)
         try:
             inputs = model_inputs(batch, self.accelerator.device)
             loss, losses = self.objective(**inputs, reduction=self.reduction, each=True)

@@ -118,6 +118,10 @@ class StreamedBatches(Dataset[Batch]):
         for step in range(first_step, last_step):
             yield from self.share.micro_batches(self.plan.items(step))
 
+    def names(self, rows: list[list[Item]]) -> Iterator[str]:
+        """Sample ids of one of the items."""
+        return (item.id for row in rows for item in row)
+
     def __getitem__(self, rows: list[list[Item]]) -> Batch:
         shape = self.processor.pixel_shape
         return collate([join([self.example(item) for item in row], shape) for row in rows], shape)
