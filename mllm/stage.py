@@ -311,6 +311,4 @@ def user_errors() -> Iterator[None]:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except RankStopped as error:
-        if error.speaks:
-            print(f"error: {error}", file=sys.stderr)
         sys.exit(error.code)

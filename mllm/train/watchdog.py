@@ -40,17 +40,19 @@ EXIT_CODE = 3
 PULSE_SECONDS = 1.0
 GRACE_SECONDS = 5.0
 """How long ranks have to stop by themselves once one of them has stopped with an error; then they are stopped."""
+MOMENT_SECONDS = 0.5
+"""How far apart ranks run into an error that is the same for all."""
 SHOWN_IDS = 50
 _runs = itertools.count()
 """Numbers the runs of a process, alike on every rank: keys of an earlier one mean nothing."""
 
 
 class RankStopped(RuntimeError):
-    """Another rank ended the run; `code` is what this process exits with, `speaks` whether it says so."""
+    """Another rank ended the run, and it is said; `code` is what this process exits with."""
 
-    def __init__(self, message: str, code: int, speaks: bool) -> None:
+    def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
-        self.code, self.speaks = code, speaks
+        self.code = code
 
 
 class Watchdog:
@@ -159,8 +161,11 @@ class Watchdog:
         if first is None or first["message"] == mine["message"]:
             # one that all ranks meet is said by the first of them
             error.silent = first is not None and first["rank"] != self.rank  # type: ignore[attr-defined]
+            put(self.pulses, f"knows/{self.rank}", "1")
             return
-        raise RankStopped(stopped(first), first["code"], self.speaks({first["rank"]})) from None
+        self.learn(first)
+        put(self.pulses, f"knows/{self.rank}", "1")
+        raise RankStopped(stopped(first), first["code"]) from None
 
     def first_error(self, mine: dict[str, Any]) -> dict[str, Any] | None:
         """The error that ends the run, this rank's if no other came before; None where nobody can be asked. Whoever
@@ -170,7 +175,6 @@ class Watchdog:
         def ask() -> None:
             text = json.dumps(mine)
             answer.append(json.loads(self.pulses.compare_set("error", "", text)))
-            put(self.pulses, f"knows/{self.rank}", "1")
             if answer[0]["rank"] == self.rank:
                 others = [f"knows/{rank}" for rank in range(self.world_size) if rank != self.rank]
                 self.pulses.wait(others, timedelta(seconds=GRACE_SECONDS))
@@ -209,9 +213,18 @@ class Watchdog:
 
     def hear(self) -> None:
         """Did another rank stop with an error?"""
-        if self.error is None and not self.leaving and self.pulses.check(["error"]):
-            self.error = json.loads(self.pulses.get("error"))
-            self.pulses.set(f"knows/{self.rank}", "1")
+        if self.error is not None or self.leaving or not self.pulses.check(["error"]):
+            return
+        if self.over.wait(MOMENT_SECONDS) or self.leaving:
+            return  # all ranks ran into the same, this one a moment later
+        self.learn(json.loads(self.pulses.get("error")))
+        self.pulses.set(f"knows/{self.rank}", "1")
+
+    def learn(self, error: dict[str, Any]) -> None:
+        """Say once that another rank ended the run, before it does: a launcher then ends all others."""
+        if self.error is None and self.speaks({error["rank"]}):
+            print(f"error: {stopped(error)}", file=sys.stderr, flush=True)
+        self.error = error
 
     def look(self, ranks: Iterable[int]) -> None:
         """Read the beats and pulses of some ranks."""
@@ -258,8 +271,6 @@ class Watchdog:
         self.over.wait(GRACE_SECONDS)
         if self.over.is_set() or self.leaving or self.error is None:
             return
-        if self.speaks({self.error["rank"]}):
-            print(f"error: {stopped(self.error)}", file=sys.stderr, flush=True)
         end(self.error["code"])
 
     def judge(self, age: float) -> None:

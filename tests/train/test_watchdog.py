@@ -19,6 +19,7 @@ import torch
 
 import mllm.train.loop
 from engines import start
+from hanging import launch_with
 from mllm.data.loader import PlannedBatches
 from mllm.train.losses import NextToken
 from mllm.train.waits import Seen, Standing, sentence, suspects
@@ -75,7 +76,7 @@ def on_rank(rank: int, case: str, culprit: int, data: Path, folder: Path) -> Non
     try:
         run(data, train, accelerator=accelerator)
     except RankStopped as error:
-        print(f"stopped by another: {error}; speaks: {error.speaks}")
+        print(f"stopped by another: {error}")
         sys.exit(error.code)
     except Exception as error:
         print(f"own error: {error}; silent: {getattr(error, 'silent', None)}")
@@ -141,7 +142,7 @@ def test_error_on_one_rank_stops_the_other_with_its_words(case: str, code: int, 
     first, second = ((tmp_path / f"{rank}.txt").read_text() for rank in (0, 1))
     assert "stopped by another: rank 1 stopped at step 1: " in first
     assert words in first
-    assert "speaks: True" in first
+    assert first.count("error: rank 1 stopped at step 1") == 1
     assert words in second
     assert "silent: False" in second
 
@@ -203,3 +204,20 @@ def test_beats_of_a_step_are_counted_from_its_first() -> None:
     later = first.next(ids=("b",)).next(phase="forward")
     assert (first.place, later.place) == ((1, 0), (1, 1))
     assert later.next(step=2, phase="loading").place == (2, 0)
+
+
+# ---------------------------------------------------------------- under a real launcher
+
+
+@pytest.mark.recipe
+def test_error_on_one_rank_is_said_once_by_each_and_the_launcher_fails(hub: Path, tmp_path: Path) -> None:
+    done, _ = launch_with("error", 1, hub, tmp_path)
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(said) == 2
+    [own] = [line for line in said if not line.startswith("error: rank 1")]
+    [other] = [line for line in said if line.startswith("error: rank 1")]
+    assert own.startswith("error: this batch is bad. In the micro-batch of ")
+    assert other == f"error: rank 1 stopped at step 2: {own.removeprefix('error: ')}"
+    assert len(metrics(tmp_path / "align")) == 1
+    assert "Traceback" not in done.stderr.split("torch/distributed")[0]
