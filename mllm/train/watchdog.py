@@ -279,16 +279,16 @@ class Watchdog:
         now = time.monotonic()
         quiet = max(3 * self.tick, self.seconds / 4)
         if self.world_size > 1 and now - self.answered > quiet:  # the store's own machine or process stands still
-            found, why = ([seen[0]] if self.rank and 0 in seen else []), " (it, or the launcher, does not answer)"
+            found = [seen[0]] if self.rank and 0 in seen else []
         else:
-            found, why = suspects(list(seen.values()), now, self.seconds, quiet), ""
+            found = suspects(list(seen.values()), now, self.seconds, quiet)
         ranks = tuple(one.standing.rank for one in found)
         if not found:
             return
         ends = age > self.stop_seconds and not any(one.standing.slow and one.answers(now, quiet) for one in found)
         if ranks == self.told and not ends:
             return
-        told = sentence(self.standing, age, found, now, quiet) + why
+        told = sentence(self.standing, age, found, now, quiet)
         self.told = ranks
         if self.speaks(set(ranks)):
             self.write(age, found, ends, quiet, now)
