@@ -301,5 +301,6 @@ def test_the_yaml_of_the_readme_is_valid() -> None:
     blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert blocks
     for block in blocks:
-        data = validate({**yaml.safe_load(block), "train": {"output_dir": "x"}}, "README.md").data
-        assert len(data.sources) == len(data.mixture.shares)
+        raw = yaml.safe_load(block)
+        config = validate({**raw, "train": {"output_dir": "x", **raw.get("train", {})}}, "README.md")
+        assert len(config.data.sources) == len(config.data.mixture.shares)
