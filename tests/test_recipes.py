@@ -451,3 +451,24 @@ def test_captions_of_photographs_run_through_both_stages(tmp_path: Path, hub: Pa
         assert in_process(script, "--config", path) == 0
     lines = (tmp_path / "instruct" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["skipped"] for line in lines] == [0, 0, 0]
+
+
+def test_samples_held_out_by_a_flag_and_sources_held_out_in_the_yaml_are_asked_as_often_as_said(
+    hub: Path, tmp_path: Path
+) -> None:
+    path = write_config(tmp_path, hub, write_llava(tmp_path), "align", eval_every=2)
+    out = tmp_path / "align"
+    assert in_process("pretrain", "--config", path, "--data.held_out", 4, "--data.num_workers", 1) == 0
+    assert [sorted(line.get("held_out", [])) for line in lines(out)] == [
+        [],
+        *[["blank", "gap", "loss", "shuffled"]] * 2,
+    ]
+    assert json.loads((out / "ledger.json").read_text())["filtered"] == {"held out": 4}
+    config = yaml.safe_load(path.read_text())
+    (tmp_path / "others").mkdir()
+    config["data"]["held_out"] = [{"format": "llava", "path": str(write_llava(tmp_path / "others", 3))}]
+    path.write_text(yaml.safe_dump(config))
+    assert in_process("pretrain", "--config", path, "--overwrite") == 0
+    assert ["held_out" in line for line in lines(out)] == [False, True, True]
+    assert json.loads((out / "ledger.json").read_text())["filtered"] == {}
+    assert in_process("pretrain", "--config", path, "--overwrite", "--data.held_out", "null") == 2
