@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from mllm.models.connectors.qformer import LONGEST
 from mllm.models.multimodal import MultimodalLM
 from mllm.train.tracker import Tracker
 
@@ -97,15 +98,13 @@ class Shadow(nn.Module):
     def loss(self, batch: dict[str, Tensor], supervised: int) -> Tensor:
         """As `MultimodalLM.forward` and `NextToken.forward` compute it."""
         model, ids = self.model, batch["input_ids"]
-        with self.tracker.during("encoder"):
-            features = model.vision_encoder(batch["pixel_values"])  # [N, P, Dv]
         with self.tracker.during("forward"):
-            visual = model.connector(features.to(next(model.connector.parameters()).dtype))  # [N, V, D]
+            visual = model.visual_tokens(batch["pixel_values"], batch.get("instruction_ids"))  # [N, V, D]
             is_placeholder = ids == model.image_token_id  # [B, S]
             embeddings = model.llm.get_input_embeddings()(ids.masked_fill(is_placeholder, 0))  # [B, S, D]
             flat = visual.flatten(0, 1).to(embeddings.dtype)
             embeddings = embeddings.masked_scatter(is_placeholder.unsqueeze(-1), flat)
-            del features, visual, flat
+            del visual, flat
             decoder = model.llm.get_decoder()
             hidden = decoder(
                 inputs_embeds=embeddings, position_ids=batch["position_ids"], use_cache=False
@@ -137,22 +136,25 @@ def trace(model: MultimodalLM, shape: Shape, setup: Setup) -> dict[str, Counter[
     """For each phase of a micro-batch, what is alive at its peak beside what stands: by the phase that made it."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    device = setup.device
     was, model.feature_cache = model.feature_cache, None
+    hooks: list[Any] = []
     try:
         with FakeTensorMode(), torch.enable_grad():
             weights = {name: fake(tensor, setup) for name, tensor in named_tensors(model)}
-            batch = batch_without_data(model, shape, device)
+            batch = batch_without_data(model, shape, setup.device)
             with Tracker([*weights.values(), *batch.values()]) as tracker:
                 for weight in weights.values():
                     if weight.requires_grad:
                         watch_gradient(weight, tracker, setup.accumulation > 1)
+                hooks = mark_encoder(model, tracker)
                 torch.func.functional_call(Shadow(model, tracker, setup), prefixed(weights), (batch, shape.supervised))
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise NotImplementedError(f"{type(model.llm).__name__} does not run without data: {first}") from error
     finally:
         model.feature_cache = was
+        for hook in hooks:
+            hook.remove()
     return {phase: named(alive) for phase, alive in tracker.peaks.items() if phase}
 
 
@@ -165,6 +167,14 @@ NAMES = {
 """What is made in a phase -> what it is called."""
 STANDING = ("weights", "gathered weights", "moments", "buckets", "batches")
 PARTS = (*STANDING, "gradients", "encoder", "activations", "logits and loss", "temporaries")
+
+
+def mark_encoder(model: MultimodalLM, tracker: Tracker) -> list[Any]:
+    """Let the tracker know what the encoder makes."""
+    return [
+        model.vision_encoder.register_forward_pre_hook(lambda *_: setattr(tracker, "phase", "encoder")),
+        model.vision_encoder.register_forward_hook(lambda *_: setattr(tracker, "phase", "forward")),
+    ]
 
 
 def named(alive: Counter[str]) -> Counter[str]:
@@ -217,7 +227,10 @@ def batch_without_data(model: MultimodalLM, shape: Shape, device: torch.device) 
         for name in ("input_ids", "labels", "position_ids")
     }
     pixels = torch.uint8 if model.vision_encoder.normalisation else torch.float32
-    return {**tokens, "pixel_values": torch.empty(max(1, shape.images), 3, side, side, dtype=pixels, device=device)}
+    images = max(1, shape.images)
+    if getattr(model.connector, "instruct", False):
+        tokens["instruction_ids"] = torch.empty(images, LONGEST, dtype=torch.int64, device=device)
+    return {**tokens, "pixel_values": torch.empty(images, 3, side, side, dtype=pixels, device=device)}
 
 
 def batch_bytes(model: MultimodalLM, shape: Shape, setup: Setup) -> int:

@@ -112,6 +112,11 @@ CASES: dict[str, tuple[dict[str, Any], Shape, Setup]] = {
     ),
     "autocast over float32": ({}, SHAPE, Setup(mixed_precision="bf16")),
     "qformer": ({"connector": QFORMER}, Shape(1, 256, 40, 60), Setup()),
+    "qformer that reads the question": (
+        {"connector": replace(QFORMER, instruct=True)},
+        Shape(1, 256, 40, 60),
+        Setup(),
+    ),
     "many supervised": ({"vocab_size": 16000}, Shape(2, 256, 4, 400), Setup()),
     "eager attention": ({"attention": "eager"}, SHAPE, Setup()),
     "text alone": ({}, Shape(2, 256, 0, 60), Setup()),
