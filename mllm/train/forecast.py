@@ -7,7 +7,7 @@ which says itself in words, in tables and as JSON. Every rank asks, because the 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,10 +24,11 @@ from mllm.train.clock import peak_of
 from mllm.train.flops import cost_of, executed
 from mllm.train.largest import largest
 from mllm.train.levers import Lever, levers
-from mllm.train.memory import Memory, Setup, Shape, predict
+from mllm.train.memory import Memory, predict
 from mllm.train.probe import Probe, made_up, probe
 from mllm.train.room import checkpoint_bytes, disk_free, memory_for, stage_bytes
 from mllm.train.settings import TrainConfig
+from mllm.train.shadow import Setup, Shape
 from mllm.train.trainable import set_mode
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def forecast(
     switch_on(model, train.gradient_checkpointing)
     set_mode(model)
     shape = largest(model, known, plan, train.rows_per_micro_batch)
-    setup = setup_of(accelerator, train)
+    setup = replace(setup_of(accelerator, train), feature_cache=cache_bytes(accelerator, model, known, train))
     memory, why = predicted(model, shape, setup)
     available = memory_for(accelerator.device)
     flops = cost_of(model).flops(executed(made_up(model, shape, processor.num_visual_tokens)))
@@ -164,6 +165,16 @@ def setup_of(accelerator: Accelerator, train: TrainConfig) -> Setup:
         mixed_precision=train.mixed_precision,
         optimizer=train.optimizer,
     )
+
+
+def cache_bytes(accelerator: Accelerator, model: MultimodalLM, known: Index | Look, train: TrainConfig) -> int:
+    """What kept features will take of the device's memory: they lie in the computer's."""
+    if accelerator.device.type != "cpu" or not train.feature_cache:
+        return 0
+    encoder = model.vision_encoder
+    one = encoder.num_patches * encoder.width * next(encoder.parameters()).element_size()
+    room = int(train.feature_cache * 2**30)
+    return min(room, known.num_images * one) if isinstance(known, Index) else room
 
 
 def predicted(model: MultimodalLM, shape: Shape, setup: Setup) -> tuple[Memory | None, str]:

@@ -14,7 +14,8 @@ import torch
 
 from mllm.models.multimodal import MultimodalLM
 from mllm.train.checkpointing import switch_on
-from mllm.train.memory import Memory, Setup, Shape, moment_bytes, predict, size
+from mllm.train.memory import Memory, moment_bytes, predict
+from mllm.train.shadow import Setup, Shape, size
 from mllm.train.trainable import set_mode
 
 BUCKET = 50_000_000

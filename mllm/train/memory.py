@@ -3,62 +3,23 @@
 Enters: a model in which it is chosen what trains, the shape of the largest micro-batch, the settings and what the
 launcher chose. Leaves: bytes at the moment of the peak, by what they are for.
 
-The forward and the backward pass run on tensors without data, through the model's own code, so that what autograd
-keeps is what it will keep (gradient checkpointing, adapters, precision and frozen weights included). Weights,
-gradients and moments follow from counts and from how they are dealt to the ranks. A model of 7B parameters is
-predicted on a laptop: its weights may lie on torch's meta device.
-
-B rows, S tokens of a row, N images, K supervised positions, V visual tokens an image, D width of the LLM.
+What passes is found by a step without data (`shadow`). Weights, gradients and moments follow from counts and from how
+they are dealt to the ranks. A model of 7B parameters is predicted on a laptop: its weights may lie on the meta device.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import nullcontext
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch import nn
 
-from mllm.models.connectors.qformer import LONGEST
 from mllm.models.multimodal import MultimodalLM
-from mllm.train.tracker import Tracker
+from mllm.train.shadow import Setup, Shape, batch_without_data, held_as, size, trace
 
-
-@dataclass(frozen=True)
-class Shape:
-    """Of a micro-batch: all that its memory depends on."""
-
-    rows: int
-    length: int
-    """S, padding included."""
-    images: int
-    supervised: int
-    """K over all rows."""
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What the launcher and the settings make of a step."""
-
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    ranks: int = 1
-    stage: int = 0
-    """Of DeepSpeed's ZeRO, 0 without it; 3 stands for FSDP2 too."""
-    offload_moments: bool = False
-    """Moments and gradients lie in the computer's memory (ZeRO offload)."""
-    offload_weights: bool = False
-    bucket: int = 0
-    """Numbers in a bucket of ZeRO, in which gradients wait for the other ranks."""
-    accumulation: int = 1
-    mixed_precision: str = "no"
-    optimizer: str = "adamw"
-    frozen_dtype: torch.dtype | None = None
-    """Of frozen weights, if it is to be another than theirs."""
-    feature_cache: int = 0
-    """Bytes that kept features may take, where they lie on the device itself (a CPU)."""
+STANDING = ("weights", "gathered weights", "moments", "buckets", "batches", "feature cache")
+PARTS = (*STANDING, "gradients", "encoder", "activations", "logits and loss", "temporaries")
 
 
 @dataclass(frozen=True)
@@ -80,42 +41,6 @@ class Memory:
         return max(self.phases, key=lambda name: self.phases[name])
 
 
-class Shadow(nn.Module):
-    """The objective with counts in the place of what depends on data: which positions hold an image or a label. Runs
-    forward and backward in one call, so that layers which are computed again find the same weights."""
-
-    def __init__(self, model: MultimodalLM, tracker: Tracker, setup: Setup) -> None:
-        super().__init__()
-        self.model, self.tracker, self.setup = model, tracker, setup
-
-    def forward(self, batch: dict[str, Tensor], supervised: int) -> None:
-        mixed = self.setup.mixed_precision == "bf16"
-        with torch.autocast(self.setup.device.type, torch.bfloat16) if mixed else nullcontext():
-            loss = self.loss(batch, supervised)
-        with self.tracker.during("backward"):
-            loss.backward()
-
-    def loss(self, batch: dict[str, Tensor], supervised: int) -> Tensor:
-        """As `MultimodalLM.forward` and `NextToken.forward` compute it."""
-        model, ids = self.model, batch["input_ids"]
-        with self.tracker.during("forward"):
-            visual = model.visual_tokens(batch["pixel_values"], batch.get("instruction_ids"))  # [N, V, D]
-            is_placeholder = ids == model.image_token_id  # [B, S]
-            embeddings = model.llm.get_input_embeddings()(ids.masked_fill(is_placeholder, 0))  # [B, S, D]
-            flat = visual.flatten(0, 1).to(embeddings.dtype)
-            embeddings = embeddings.masked_scatter(is_placeholder.unsqueeze(-1), flat)
-            del visual, flat
-            decoder = model.llm.get_decoder()
-            hidden = decoder(
-                inputs_embeds=embeddings, position_ids=batch["position_ids"], use_cache=False
-            ).last_hidden_state  # [B, S, D]
-        with self.tracker.during("loss"):
-            place = torch.empty(supervised, dtype=torch.int64, device=ids.device)
-            logits = model.logits(hidden[:, :-1][place, place])  # [K, vocabulary]
-            losses = cross_entropy(logits.float(), place, reduction="none")
-            return (losses * torch.empty_like(losses)).sum()
-
-
 def predict(model: MultimodalLM, shape: Shape, setup: Setup) -> Memory:
     """The peak of one rank in a step whose largest micro-batch has that shape.
 
@@ -124,113 +49,13 @@ def predict(model: MultimodalLM, shape: Shape, setup: Setup) -> Memory:
     """
     phases = trace(model, shape, setup)
     standing = stand(model, setup) + Counter(batches=batch_bytes(model, shape, setup))
+    standing["feature cache"] = setup.feature_cache
     phases["update"] = Counter({"gradients": trained_bytes(model), "temporaries": update_temporaries(model, setup)})
     held = {name: standing + dealt(model, name, alive, setup) for name, alive in phases.items()}
     most = max(held.values(), key=Counter.total)
     totals = {name: parts.total() for name, parts in held.items()}
     totals["backward"] = max(totals["backward"], totals.pop("reduce", 0))
     return Memory({part: most[part] for part in PARTS if most[part]}, totals)
-
-
-def trace(model: MultimodalLM, shape: Shape, setup: Setup) -> dict[str, Counter[str]]:
-    """For each phase of a micro-batch, what is alive at its peak beside what stands: by the phase that made it."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    was, model.feature_cache = model.feature_cache, None
-    hooks: list[Any] = []
-    try:
-        with FakeTensorMode(), torch.enable_grad():
-            weights = {name: fake(tensor, setup) for name, tensor in named_tensors(model)}
-            batch = batch_without_data(model, shape, setup.device)
-            with Tracker([*weights.values(), *batch.values()]) as tracker:
-                for weight in weights.values():
-                    if weight.requires_grad:
-                        watch_gradient(weight, tracker, setup.accumulation > 1)
-                hooks = mark_encoder(model, tracker)
-                torch.func.functional_call(Shadow(model, tracker, setup), prefixed(weights), (batch, shape.supervised))
-    except Exception as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise NotImplementedError(f"{type(model.llm).__name__} does not run without data: {first}") from error
-    finally:
-        model.feature_cache = was
-        for hook in hooks:
-            hook.remove()
-    return {phase: named(alive) for phase, alive in tracker.peaks.items() if phase}
-
-
-NAMES = {
-    "forward": "activations",
-    "loss": "logits and loss",
-    "backward": "temporaries",  # gradients of activations, on their way
-    "reduce": "temporaries",  # the same, behind the first gradient of a weight
-}
-"""What is made in a phase -> what it is called."""
-STANDING = ("weights", "gathered weights", "moments", "buckets", "batches")
-PARTS = (*STANDING, "gradients", "encoder", "activations", "logits and loss", "temporaries")
-
-
-def mark_encoder(model: MultimodalLM, tracker: Tracker) -> list[Any]:
-    """Let the tracker know what the encoder makes."""
-    return [
-        model.vision_encoder.register_forward_pre_hook(lambda *_: setattr(tracker, "phase", "encoder")),
-        model.vision_encoder.register_forward_hook(lambda *_: setattr(tracker, "phase", "forward")),
-    ]
-
-
-def named(alive: Counter[str]) -> Counter[str]:
-    found: Counter[str] = Counter()
-    for phase, count in alive.items():
-        found[NAMES.get(phase, phase)] += count
-    return found
-
-
-def watch_gradient(weight: Tensor, tracker: Tracker, is_there: bool) -> None:
-    """Let the tracker tell a gradient from what passes on the way to it; `is_there`: an earlier micro-batch left one.
-    From the first one on buckets are filled."""
-    if is_there:
-        weight.grad = torch.empty_like(weight)
-        tracker.count(weight.grad, "gradients")
-
-    def arrived(parameter: Any) -> None:
-        tracker.phase = "reduce"
-        tracker.count(parameter.grad, "gradients")
-
-    weight.register_post_accumulate_grad_hook(arrived)
-
-
-def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*model.named_parameters(), *model.named_buffers()]
-
-
-def prefixed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {f"model.{name}": tensor for name, tensor in weights.items()}
-
-
-def fake(tensor: Any, setup: Setup) -> Tensor:
-    """One without data, of the size that the whole tensor has on the device."""
-    shape = getattr(tensor, "ds_shape", tensor.shape)  # ZeRO stage 3 leaves an empty shard in its place
-    new = torch.empty(shape, dtype=held_as(tensor, setup), device=setup.device)
-    return new.requires_grad_(tensor.requires_grad)
-
-
-def held_as(tensor: Tensor, setup: Setup) -> torch.dtype:
-    """The type of a weight's numbers on the device."""
-    keep = tensor.requires_grad or not isinstance(tensor, nn.Parameter) or not tensor.is_floating_point()
-    return tensor.dtype if keep else setup.frozen_dtype or tensor.dtype
-
-
-def batch_without_data(model: MultimodalLM, shape: Shape, device: torch.device) -> dict[str, Tensor]:
-    """What a micro-batch of that shape holds on the device; a blank image where it has none."""
-    side = model.vision_encoder.grid.side
-    tokens = {
-        name: torch.empty(shape.rows, shape.length, dtype=torch.int64, device=device)
-        for name in ("input_ids", "labels", "position_ids")
-    }
-    pixels = torch.uint8 if model.vision_encoder.normalisation else torch.float32
-    images = max(1, shape.images)
-    if getattr(model.connector, "instruct", False):
-        tokens["instruction_ids"] = torch.empty(images, LONGEST, dtype=torch.int64, device=device)
-    return {**tokens, "pixel_values": torch.empty(images, 3, side, side, dtype=pixels, device=device)}
 
 
 def batch_bytes(model: MultimodalLM, shape: Shape, setup: Setup) -> int:
@@ -260,8 +85,12 @@ def dealt(model: MultimodalLM, phase: str, alive: Counter[str], setup: Setup) ->
     """What a rank holds of what passes. Stages 2 and 3 keep a share of the gradients; 1 and 2 fill a bucket from the
     first gradient on; 3 puts weights together while they are used."""
     mine = Counter(alive)
-    if setup.stage >= 2:
-        mine["gradients"] = 0 if setup.offload_moments else alive["gradients"] // setup.ranks
+    if setup.stage == 2:
+        mine["gradients"] = alive["gradients"] // setup.ranks
+    if setup.stage == 3:  # its share, and the copy that it steps with, from one step to the next (DeepSpeed 0.19)
+        mine["gradients"] = 2 * trained_bytes(model) // setup.ranks
+    if setup.offload_moments:
+        mine["gradients"] = 0
     if setup.stage in (1, 2) and phase == "reduce":
         mine["buckets"] = 4 * setup.bucket
     if setup.stage == 3 and phase != "update":
@@ -299,9 +128,3 @@ def update_temporaries(model: nn.Module, setup: Setup) -> int:
 
 def trained_bytes(model: nn.Module) -> int:
     return sum(size(parameter) for parameter in model.parameters() if parameter.requires_grad)
-
-
-def size(tensor: Any, dtype: torch.dtype | None = None) -> int:
-    """Bytes of the whole tensor, or of one as large with numbers of that type."""
-    shape = getattr(tensor, "ds_shape", tensor.shape)
-    return int(shape.numel()) * (dtype or tensor.dtype).itemsize

@@ -21,7 +21,7 @@ from torch import nn
 from mllm.models.connectors.qformer import LONGEST
 from mllm.models.multimodal import MultimodalLM
 from mllm.train.losses import NextToken, model_inputs
-from mllm.train.memory import Shape
+from mllm.train.shadow import Shape
 from mllm.train.tracker import Tracker
 from mllm.types import IGNORE_INDEX, Batch
 

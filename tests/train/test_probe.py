@@ -22,10 +22,10 @@ from mllm.train.forecast import Forecast, forecast
 from mllm.train.largest import largest
 from mllm.train.loop import make_plan
 from mllm.train.losses import num_supervised
-from mllm.train.memory import Shape
 from mllm.train.needs import refuse, warnings
 from mllm.train.probe import Probe, made_up, probe
 from mllm.train.settings import TrainConfig
+from mllm.train.shadow import Shape
 from runs import LORA, SEQ_LENGTH, chosen_model, metrics, on_two_ranks, run, settings, weights
 
 SHAPE = Shape(rows=2, length=64, images=3, supervised=20)
@@ -156,6 +156,12 @@ def test_weights_that_are_not_read_yet_are_predicted_and_not_probed(tmp_path: Pa
     assert "not read yet" in told.why
     assert told.memory is not None
     assert told.memory.peak == forecast_of(train, mixed(tmp_path)).memory.peak  # type: ignore[union-attr]
+
+
+def test_kept_features_count_where_they_lie_on_the_device(tmp_path: Path) -> None:
+    told = forecast_of(settings(tmp_path / "run", feature_cache=1, probe=False), mixed(tmp_path))
+    assert told.memory is not None
+    assert told.memory.parts["feature cache"] == 16 * 4 * 24 * 4  # images, patches, width, bytes
 
 
 def runs_out(*_: Any) -> None:
