@@ -61,6 +61,9 @@ def write_tokenizer(tokenizer: Any, folder: Path, name: str) -> None:
     config["tokenizer_class"] = name
     # 4.57's generic class would also make token_type_ids, which no causal LLM takes
     config["model_input_names"] = ["input_ids", "attention_mask"]
+    # 4.57 sets the pre-tokenizer to this, and takes its absence for False
+    pre_tokenizer = json.loads(tokenizer.backend_tokenizer.to_str()).get("pre_tokenizer") or {}
+    config.setdefault("add_prefix_space", bool(pre_tokenizer.get("add_prefix_space")))
     if adds_tokens_of_its_own(tokenizer):
         config["add_bos_token"] = config["add_eos_token"] = False
         whole = json.loads((folder / "tokenizer.json").read_text())

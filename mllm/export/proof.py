@@ -121,7 +121,10 @@ def run(environment: Environment, folder: Path, reference: Path) -> dict[str, An
     """What the fresh process reports, or how it ended."""
     with tempfile.TemporaryDirectory() as modules:
         quiet = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": modules, "TRANSFORMERS_VERBOSITY": "error"}
-        command = [environment.python, "-I", str(SCRIPT), str(folder), str(reference), *environment.packages]
+        # absolute, since the process runs elsewhere; no link is followed: a venv's Python is one
+        packages = [Path(path) for path in environment.packages]
+        paths = [str(path.absolute()) for path in (SCRIPT, folder, reference, *packages)]
+        command = [str(Path(environment.python).absolute()), "-I", *paths]
         done = subprocess.run(command, capture_output=True, text=True, env=quiet, timeout=SECONDS, cwd=modules)
     try:
         return dict(json.loads(done.stdout.strip().splitlines()[-1]))

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -62,8 +64,16 @@ LLMS = {
 }
 
 
-def make_parts(folder: Path, encoder: str = "clip", llm: str = "llama", template: Any = None, **changes: Any) -> None:
-    """`encoder/` and `llm/` in Hub format."""
+def make_parts(
+    folder: Path,
+    encoder: str = "clip",
+    llm: str = "llama",
+    template: Any = None,
+    prefix_space: bool = False,
+    bos: bool = False,
+    **changes: Any,
+) -> None:
+    """`encoder/` and `llm/` in Hub format; `changes` are the LLM's, the two before them its tokenizer's."""
     torch.manual_seed(0)
     if encoder == "clip":
         vision, images = make_clip(), make_image_processor()
@@ -84,6 +94,10 @@ def make_parts(folder: Path, encoder: str = "clip", llm: str = "llama", template
             parameter += 0.2 * torch.randn_like(parameter)
     model.save_pretrained(folder / "llm")
     tokenizer = make_tokenizer(**({"chat_template": template} if template else {}))
+    if prefix_space:
+        tokenizer.backend_tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=True)
+    if bos:  # of its own accord, where the template prints none
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
     tokenizer.save_pretrained(folder / "llm")
 
 

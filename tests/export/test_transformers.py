@@ -49,6 +49,8 @@ LLAVA = {
     "siglip-padded": ({"encoder": "siglip"}, {"image_fit": "pad"}),
     "clip-padded": ({}, {"image_fit": "pad"}),
     "no-row-for-the-image": ({"vocab_size": 303, "llm": "qwen2"}, {}),
+    "space-before-words": ({"prefix_space": True}, {}),
+    "tokenizer-with-bos": ({"bos": True}, {}),
     "chatml": ({"template": FAMILIES["qwen2"].template}, {}),
     "thinking": ({"template": FAMILIES["qwen3"].template}, {}),
 }
@@ -71,7 +73,15 @@ HOMES = {
     "VipLlavaForConditionalGeneration": VIP,
     "MllmForConditionalGeneration": REMOTE,
 }
-FAST = ("siglip-qwen2-tied-lora", "no-row-for-the-image", "thinking", "vip-two-layers-norm", "qformer", "registers")
+FAST = (
+    "siglip-qwen2-tied-lora",
+    "no-row-for-the-image",
+    "tokenizer-with-bos",
+    "thinking",
+    "vip-two-layers-norm",
+    "qformer",
+    "registers",
+)
 """The cells of every day; `make test-export` walks through all of them, under both versions."""
 CELLS = [(architecture, name) for architecture, cells in HOMES.items() for name in cells]
 
@@ -139,7 +149,8 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> Any:
 def test_command_proves_the_folder_in_a_fresh_process(
     stage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    assert run(monkeypatch, stage, "--out", tmp_path / "out", "--dtype", "bfloat16") == 0
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, stage, "--out", "out", "--dtype", "bfloat16") == 0  # a relative path, as people give them
     told = capsys.readouterr().out
     assert "LlavaForConditionalGeneration" in told
     assert "proven: transformers 5" in told
