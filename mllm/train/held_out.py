@@ -23,6 +23,7 @@ from mllm.data.processor import Processor
 from mllm.models.multimodal import MultimodalLM
 from mllm.train.gap import HeldOutLoss, conclude, terms
 from mllm.train.losses import model_inputs, owners
+from mllm.train.step import Beat, mute
 from mllm.train.sums import global_sums
 
 if TYPE_CHECKING:
@@ -62,10 +63,12 @@ class HeldOut:
         train: TrainConfig,
         last_step: int,
         say: Callable[[str], None] = print,
+        beat: Beat = mute,
     ) -> None:
+        """`say` prints a line, `beat` is told each micro-batch as it begins: there may be many."""
         check(data, train)
         assert index or not data.held_out, "data.held_out is set, but the index has none: see data/held_out.py"
-        self.accelerator, self.say, self.last_step = accelerator, say, last_step
+        self.accelerator, self.say, self.beat, self.last_step = accelerator, say, beat, last_step
         self.every, self.num_workers = train.eval_every or last_step, data.num_workers
         self.warmed_up = train.warmup * last_step
         share = Share(accelerator.process_index, accelerator.num_processes, train.rows_per_micro_batch)
@@ -85,6 +88,7 @@ class HeldOut:
         sums = torch.zeros(11, dtype=torch.float64)
         with in_use(self.accelerator, objective, model):
             for asked in batches.read(self.num_workers):
+                self.beat("asking held-out samples", asked.batch, slow=True)
                 # the same on every rank: with one sharded weight, one forward pass more would wait for ever
                 sums += torch.tensor(self.asked(objective, asked, three=batches.num_changed > 0), dtype=torch.float64)
         return conclude(global_sums(self.accelerator, sums.tolist()))

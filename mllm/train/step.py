@@ -36,7 +36,7 @@ BUCKET = 25 * 2**20
 Beat = Callable[..., None]
 
 
-def mute(phase: str, batch: Batch | None = None) -> None:
+def mute(phase: str, batch: Batch | None = None, slow: bool = False) -> None:
     """Nobody watches."""
 
 

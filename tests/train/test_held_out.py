@@ -32,7 +32,7 @@ from mllm.train.held_out import HeldOut
 from mllm.train.loop import fit, make_plan
 from mllm.train.losses import NextToken, model_inputs, num_supervised
 from mllm.train.trainable import LearningRates, Lora
-from mllm.types import Sample
+from mllm.types import Batch, Sample
 from runs import SEQ_LENGTH, chosen_model, metrics, on_two_ranks, run, settings, weights
 
 CPU = torch.device("cpu")
@@ -77,8 +77,15 @@ def ask(index: Index, model: MultimodalLM, folder: Path, **changes: Any) -> dict
     data = DataConfig(seq_length=SEQ_LENGTH, num_workers=0, held_out=len(index), **changes)
     accelerator = Accelerator(cpu=True)
     objective = NextToken(model)
-    examiner = HeldOut(accelerator, index, make_processor(), data, config, last_step=1)
-    return examiner.at(1, objective, model)["held_out"]
+    told: list[str] = []
+
+    def beat(phase: str, batch: Batch, slow: bool) -> None:
+        told.extend(name for row in batch["sample_ids"] for name in row)
+
+    examiner = HeldOut(accelerator, index, make_processor(), data, config, last_step=1, beat=beat)
+    found = examiner.at(1, objective, model)["held_out"]
+    assert sorted(told) == sorted(index.ids.to_pylist())
+    return found
 
 
 @pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
