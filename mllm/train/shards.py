@@ -69,12 +69,19 @@ def moments(optimizer: torch.optim.Optimizer, trained: list[nn.Parameter], step:
     from deepspeed.utils import safe_get_full_optimizer_state
 
     link(optimizer.optimizer)  # type: ignore[attr-defined]
+    taken = steps_taken(optimizer.optimizer, step)  # type: ignore[attr-defined]
     state = {}
     for number, parameter in enumerate(trained):
         full = {key: safe_get_full_optimizer_state(parameter, key) for key in KEYS}
         if keep:
-            state[number] = {"step": torch.tensor(float(step)), **{key: full[key].cpu() for key in KEYS}}
+            state[number] = {"step": torch.tensor(taken), **{key: full[key].cpu() for key in KEYS}}
     return {"state": state}
+
+
+def steps_taken(zero: Any, step: int) -> float:
+    """As the optimiser counts them, without those that the guard left out."""
+    counted = (state["step"] for state in zero.optimizer.state.values() if "step" in state)
+    return float(next(counted, step))
 
 
 def load_moments(optimizer: torch.optim.Optimizer, trained: list[nn.Parameter], state: dict[int, Any]) -> None:

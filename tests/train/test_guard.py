@@ -233,7 +233,7 @@ CASES: list[tuple[str, type[NextToken], GuardConfig]] = [
 
 
 def train_case(data: Path, folder: Path, guard: GuardConfig, accelerator: Accelerator | None) -> None:
-    train = settings(folder, guard=guard, steps=7, rows_per_micro_batch=1, rows_per_step=4, **LORA)
+    train = settings(folder, guard=guard, steps=7, save_every=7, rows_per_micro_batch=1, rows_per_step=4, **LORA)
     model = run(data, train, accelerator=accelerator)
     told = whole_weights(model)
     if accelerator is None or accelerator.is_main_process:
@@ -274,6 +274,13 @@ def test_all_ranks_skip_the_same_step_and_go_on_as_one_process_does(engines: Pat
     expected, found = (torch.load(folder / "weights.pt", weights_only=True) for folder in (one, two))
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.recipe
+@pytest.mark.parametrize("engine", ["one", *ENGINES])
+def test_checkpoint_counts_the_steps_that_the_optimiser_took(engines: Path, engine: str) -> None:
+    saved = torch.load(engines / engine / "nan" / "checkpoints" / "step-7" / "optimizer.pt", weights_only=True)
+    assert {float(state["step"]) for state in saved["state"].values()} == {6.0}
 
 
 @pytest.mark.recipe
