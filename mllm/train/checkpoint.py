@@ -8,6 +8,7 @@ how DeepSpeed cut the tensors up: every rank calls, the main one writes.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -60,7 +61,7 @@ def save_checkpoint(
     beside.mkdir()
     save_tensors(weights, beside / "trained.safetensors")
     torch.save(state, beside / "optimizer.pt")
-    told = {"step": step, "plan": fingerprint, "position": position, "metric": metric}
+    told = {"step": step, "plan": fingerprint, "position": position, "metric": metric, "order": order(model, trained)}
     (beside / "state.json").write_text(json.dumps(told))
     durable.put_in_place(beside, place)
     retain(checkpoints(folder), place, keep_last, keep_best, spoilt=lambda path: bool(EXAMINED.get(key(path))))
@@ -81,12 +82,30 @@ def load_weights(folder: Path, model: MultimodalLM, fingerprint: str) -> int:
     return int(state["step"])
 
 
-def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, trained: list[nn.Parameter]) -> None:
-    """The optimiser's moments, from the newest whole checkpoint."""
+def load_optimizer(
+    folder: Path, model: MultimodalLM, optimizer: torch.optim.Optimizer, trained: list[nn.Parameter]
+) -> None:
+    """The optimiser's moments, from the newest whole checkpoint.
+
+    Raises:
+        ValueError: the weights stand in other groups now, so that each would get another one's moments.
+    """
     found = newest(folder)
     assert found, f"no checkpoint in {folder}, though its weights were loaded"
+    saved = json.loads((found / "state.json").read_text()).get("order")
+    if saved and saved != order(model, trained):
+        raise ValueError(
+            f"{found} was made with other patterns or another layer_decay in train.learning_rate, which put the "
+            f"weights into other groups: resume with those in {folder / 'config.yaml'}, or start again with --overwrite"
+        )
     state = torch.load(found / "optimizer.pt", weights_only=True)["state"]
     load_moments(optimizer, trained, state)
+
+
+def order(model: MultimodalLM, trained: list[nn.Parameter]) -> str:
+    """The weights by name, as the optimiser's state numbers them, in sixteen characters."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return hashlib.sha256("\n".join(names[id(p)] for p in trained).encode()).hexdigest()[:16]
 
 
 def newest_state(folder: Path, fingerprint: str) -> dict[str, Any]:

@@ -120,7 +120,7 @@ def fit(
     make = partial(make_optimizer, name=train.optimizer)
     objective, optimizer, trained = engine.prepare(accelerator, NextToken(model), groups, make)
     if first_step:
-        load_optimizer(train.output_dir, optimizer, trained)
+        load_optimizer(train.output_dir, model, optimizer, trained)
     last_step = num_steps(plan, train)
     ledger = Ledger(train.output_dir, index.tally, data.max_bad_share)
     if isinstance(index, Stream) and accelerator.is_main_process:

@@ -260,7 +260,7 @@ def test_crash_while_saving_leaves_the_older_checkpoint_in_place(tmp_path: Path,
     assert [path.name for path in checkpoints(tmp_path)] == ["step-1"]
     saver.save(2)
     assert load_weights(tmp_path, saver.model, "plan") == 2
-    load_optimizer(tmp_path, saver.optimizer, saver.trained)
+    load_optimizer(tmp_path, saver.model, saver.optimizer, saver.trained)
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"rows_per_step": 2}])

@@ -332,3 +332,20 @@ def test_table_s_mistakes_are_told_with_the_config(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=said):
             validate({"train": {"output_dir": "x", "learning_rate": wrong}}, "test")
+
+
+def test_resume_with_other_patterns_is_refused_where_moments_would_be_mixed_up(tmp_path: Path) -> None:
+    """The optimiser's state is numbered by groups: other groups, other weights under the same number."""
+    data = write_llava(tmp_path)
+
+    def go_on(steps: int, **table: Any) -> None:
+        rates = LearningRates(llm=1e-3, **table)
+        train = settings(tmp_path / "out", steps=steps, save_every=1, learning_rate=rates)
+        run(data, train, resume=steps > 1)
+
+    go_on(1, patterns={r"layers\.0": 0.5})
+    go_on(2, patterns={r"layers\.0": 0.1})  # another factor on the same weights
+    for other in ({}, {"patterns": {r"layers\.1": 0.5}}, {"layer_decay": {"llm": 0.9}}):
+        with pytest.raises(ValueError, match=r"other patterns or another layer_decay.*--overwrite"):
+            go_on(3, **other)
+    go_on(3, patterns={r"layers\.0": 0.5})
