@@ -58,6 +58,7 @@ def write_config(folder: Path, hub: Path, data: Path, **train: Any) -> Path:
             "learning_rate": {"connector": 1e-2},
             "steps": 4,
             "rows_per_step": 4,
+            "audit": "off",
             **train,
         },
     }
