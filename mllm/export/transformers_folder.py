@@ -90,7 +90,7 @@ def write_generation_config(trained: Trained, folder: Path) -> None:
     pad = trained.processor.tokenizer.pad_token_id
     facts = {
         "bos_token_id": own.bos_token_id,
-        "eos_token_id": ends if len(ends) != 1 else ends[0],
+        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
         "pad_token_id": pad if pad is not None else (ends[0] if ends else None),
         "do_sample": False,
     }

@@ -121,6 +121,19 @@ def test_exported_folder_says_what_the_trained_model_says(architecture: str, nam
     assert any(answers), "silence is no answer to compare"
 
 
+@pytest.mark.long
+def test_two_encoders_that_normalise_differently_are_exported_as_they_are(tmp_path: Path) -> None:
+    make_parts(tmp_path / "one", "clip")
+    make_parts(tmp_path / "other", "siglip")
+    encoders = [str(tmp_path / name / "encoder") for name in ("one", "other")]
+    trained = load(str(make_stage(tmp_path / "one", vision_encoder=encoders)))
+    assert trained.takes_bytes
+    write_files(trained, tmp_path / "out_fused", torch.float32)
+    environments = [HERE, *([old_environment()] if OLD else [])]
+    for proof in prove(trained, tmp_path / "out_fused", environments, torch.float32):
+        assert proof.faults == ()
+
+
 @needs_old
 @pytest.mark.long
 @pytest.mark.parametrize(("architecture", "name"), CELLS)

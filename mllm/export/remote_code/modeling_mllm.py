@@ -189,7 +189,13 @@ def attention(text_config: Any) -> dict[str, Any]:
 def make_encoder(config: MllmConfig) -> VisionEncoder | FusedEncoder:
     """The vision encoder, or several as one."""
     encoders = [
-        VisionEncoder(AutoModel.from_config(own), config.feature_layer, Normalisation(**normalisation), Grid(**grid))
+        VisionEncoder(AutoModel.from_config(own), config.feature_layer, as_normalisation(normalisation), Grid(**grid))
         for own, grid, normalisation in zip(config.encoder_configs(), config.grids, config.normalisations, strict=True)
     ]
     return FusedEncoder(encoders) if len(encoders) > 1 else encoders[0]
+
+
+def as_normalisation(settings: dict[str, Any]) -> Normalisation:
+    """JSON knows lists alone."""
+    mean, std = (tuple(settings[name]) for name in ("mean", "std"))
+    return Normalisation(settings["scale"], mean, std)  # type: ignore[arg-type]
