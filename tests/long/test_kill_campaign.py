@@ -46,8 +46,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Stage:
-    """A campaign on `recipes/pretrain.py`: connector and LoRA, two workers, checkpoints often; each start may have its own
-    launcher."""
+    """A campaign on `recipes/pretrain.py`: connector and LoRA, two workers, checkpoints often; the launcher may change
+    from start to start."""
 
     def __init__(self, folder: Path, hub: Path, data: Path, launcher: str, seed: int = 0, **train: Any) -> None:
         folder.mkdir(parents=True)
