@@ -11,6 +11,7 @@ import os
 import random
 import signal
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -54,6 +55,8 @@ class Forked:
                 code = 0
             except SystemExit as ended:
                 code = int(ended.code or 0)
+            except BaseException:
+                os.write(2, traceback.format_exc().encode())
             finally:
                 os._exit(code)
 
@@ -73,9 +76,9 @@ def note_samples(record: str) -> None:
     with them; `record` is where, with the rank behind it."""
     batches = loop.batches
 
-    def noted(dataset: Any, first_step: int, last_step: int, num_workers: int) -> Iterator[Any]:
+    def noted(dataset: Any, first_step: int, *more: Any) -> Iterator[Any]:
         # made now, as without notes: a loader draws a random number when it is made
-        return note(batches(dataset, first_step, last_step, num_workers), first_step, dataset.accumulation)
+        return note(batches(dataset, first_step, *more), first_step, dataset.accumulation)
 
     def note(taken: Iterator[Any], first_step: int, accumulation: int) -> Iterator[Any]:
         with open(f"{record}-{os.environ.get('RANK', '0')}.jsonl", "a", buffering=1) as file:
