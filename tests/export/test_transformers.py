@@ -228,6 +228,11 @@ def test_names_are_those_of_published_checkpoints(stage: Path, tmp_path: Path) -
     images = json.loads((tmp_path / "preprocessor_config.json").read_text())
     assert images["crop_size"] == {"height": 28, "width": 28}
     assert not images["do_center_crop"]
+    from transformers import AutoProcessor
+
+    # what vLLM's and SGLang's Transformers backends ask before they see an image
+    counted = AutoProcessor.from_pretrained(tmp_path)._get_num_multimodal_tokens(image_sizes=[(50, 60), (9, 9)])
+    assert counted["num_image_tokens"] == [4, 4]
 
 
 def test_new_row_of_the_head_never_wins() -> None:
