@@ -32,7 +32,12 @@ def write(model: str, folder: Path, dtype: Dtype, check_with: list[str]) -> Expo
         for parameter in part.parameters():
             parameter.data = parameter.data.to(kind)
     plain = replace(trained.parts, dtype=name, quantisation=None)
-    save_stage(folder, own, trained.processor, dump_config(replace(trained.config, model=plain, init_from=None)))
+    save_stage(
+        folder,
+        own,
+        trained.processor,
+        dump_config(replace(trained.config, model=plain, init_from=None, init_parts=None)),
+    )
     own.float()
     return Exported(folder, "merged", "stage folder", "adapters are in the weights", (prove(trained, folder),))
 
