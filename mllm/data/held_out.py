@@ -25,7 +25,7 @@ from mllm.data.packing import join, pack
 from mllm.data.processor import Processor
 from mllm.data.streams.reader import Stream
 from mllm.data.workers import read_ahead
-from mllm.types import Batch, Example, Fault
+from mllm.types import Batch, Example, Fault, ImageSource
 
 SEED = 0
 """Of who borrows from whom: the same in every run, so that runs can be compared."""
@@ -83,9 +83,13 @@ class HeldOutBatches(Dataset[Asked]):
     def picture(self, number: int) -> Picture:
         """What is seen in a sample; nothing, where it cannot be read."""
         try:
-            return picture(self.examples.sample(number).images)
+            return picture(self.images(number))
         except ValueError:
             return ()
+
+    def images(self, number: int) -> list[ImageSource]:
+        """Those of a sample's images that stand in its tokens, which may be cut."""
+        return self.examples.sample(number).images[: int(self.examples.index.images[number])]
 
     def __getitem__(self, rows: list[list[int]]) -> Asked:
         pairs = [[self.pair(number) for number in row] for row in rows]
@@ -102,7 +106,7 @@ class HeldOutBatches(Dataset[Asked]):
             return example, example.pixel_values
         processor = self.examples.processor
         try:
-            return example, processor.pixels(self.examples.sample(lender).images)
+            return example, processor.pixels(self.images(lender))
         except ValueError as error:
             none = processor.pixels([])
             fault = Fault("image", example.id, example.where, str(error), number)

@@ -49,7 +49,7 @@ class DataConfig(Schema):
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     """How much of each source an epoch draws; every sample once where nothing is set."""
     seq_length: Positive = 2048
-    """Tokens of a row; longer samples are cut, never through an image."""
+    """Tokens of a row; longer samples are cut, in front of an image that would not fit."""
     stream: bool = False
     """Read the sources in their order while the run goes on, and never count them: for what is too much to index.
     Needs `train.steps`, and files that lie shuffled; of the mixture, weights alone."""
@@ -114,8 +114,7 @@ class Examples:
             if len(input_ids) != length:
                 raise ValueError(f"{len(input_ids)} tokens, {length} when it was indexed: the file changed")
             kind = "image"
-            pixels, words = self.processor.pixels(sample.images), self.processor.instructions(sample)
-            return Example(sample.id, input_ids, labels, pixels, sample.where, source, instructions=words)
+            return self.processor.example(sample, input_ids, labels, source)
         except ValueError as error:
             where = self.index.where(number)
             fault = Fault(kind, self.index.id(number), where, str(error).removeprefix(f"{where}: "), number)

@@ -35,6 +35,22 @@ LARGEST_SIDE = 4096
 """An image is shrunk to this before it is padded: more than any encoder sees, and its square fits in memory."""
 
 
+class TooLong(ValueError):
+    """Nothing is left to learn of a sample that was cut."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A sample in tokens, as much of it as fits."""
+
+    input_ids: list[int]
+    labels: list[int]
+    images: int
+    """So many of the sample's images stand in them, its first ones; those behind the cut are never opened."""
+    cut: int = 0
+    """Tokens that cutting took away."""
+
+
 @dataclass
 class Processor:
     """Tokenizer, image processor and the number of visual tokens an image becomes."""
@@ -69,9 +85,13 @@ class Processor:
         Raises:
             ValueError: placeholders and images differ, an image is unreadable, nothing is left to learn.
         """
-        input_ids, labels = self.tokens(sample, max_length)
-        pixels, words = self.pixels(sample.images), self.instructions(sample)
-        return Example(sample.id, input_ids, labels, pixels, sample.where, instructions=words)
+        return self.example(sample, *self.tokens(sample, max_length))
+
+    def example(self, sample: Sample, input_ids: list[int], labels: list[int], source: int = 0) -> Example:
+        """The sample's tokens with the pixels of those images that stand in them."""
+        images = sample.images[: input_ids.count(self.image_token_id) // self.num_visual_tokens]
+        pixels, words = self.pixels(images), self.instructions(sample)[: len(images)]
+        return Example(sample.id, input_ids, labels, pixels, sample.where, source, instructions=words)
 
     def tokens(self, sample: Sample, max_length: int | None = None) -> tuple[list[int], list[int]]:
         """What `encode` gives, or gave the last time if it is kept."""
@@ -83,19 +103,32 @@ class Processor:
 
     def encode(self, sample: Sample, max_length: int | None = None) -> tuple[list[int], list[int]]:
         """`input_ids` and `labels` [T], expanded and cut; no image is opened."""
+        encoded = self.encoded(sample, max_length)
+        return encoded.input_ids, encoded.labels
+
+    def encoded(self, sample: Sample, max_length: int | None = None) -> Encoded:
+        """The same, with what was cut away: what stands behind `max_length`, and an image that would stand on both
+        sides of it, with all that follows it.
+
+        Raises:
+            ValueError: placeholders and images differ; `TooLong`: nothing is left to learn.
+        """
         input_ids, labels = chat.encode(self.tokenizer, sample.messages)
         places = self.check_placeholders(sample, input_ids)
         for place in places:  # an image in the assistant's own turn is shown, not said
             labels[place] = IGNORE_INDEX
         input_ids, labels = self.expand(input_ids, places), self.expand(labels, places)
-        return self.cut(sample, input_ids, labels, max_length)
+        if max_length is None or len(input_ids) <= max_length:
+            return Encoded(input_ids, labels, len(places))
+        end, images = self.end(places, max_length)
+        self.check_cut(sample, len(input_ids), labels[:end], max_length)
+        return Encoded(input_ids[:end], labels[:end], images, len(input_ids) - end)
 
     def prompt(self, sample: Sample) -> Example:
         """The sample as a question: tokens up to where the assistant's next words begin, no labels."""
         input_ids = chat.encode_prompt(self.tokenizer, sample.messages)
         input_ids = self.expand(input_ids, self.check_placeholders(sample, input_ids))
-        labels, pixels, words = [IGNORE_INDEX] * len(input_ids), self.pixels(sample.images), self.instructions(sample)
-        return Example(sample.id, input_ids, labels, pixels, sample.where, instructions=words)
+        return self.example(sample, input_ids, [IGNORE_INDEX] * len(input_ids))
 
     def instructions(self, sample: Sample) -> list[list[int]]:
         """For each image the tokens of the words of its own turn; none in the assistant's, whose words are answers."""
@@ -128,23 +161,25 @@ class Processor:
             start = place + 1
         return expanded + values[start:]
 
-    def cut(
-        self, sample: Sample, input_ids: list[int], labels: list[int], max_length: int | None
-    ) -> tuple[list[int], list[int]]:
-        """The first `max_length` tokens, if that cuts no image and leaves something to learn."""
-        if max_length is None or len(input_ids) <= max_length:
-            return input_ids, labels
-        if self.image_token_id in input_ids[max_length:]:
-            raise ValueError(
-                f"{sample.where or sample.id}: {len(input_ids)} tokens do not fit a row of {max_length}, and cutting "
-                f"them would cut an image: raise data.seq_length or use a connector with fewer visual tokens"
+    def end(self, places: list[int], max_length: int) -> tuple[int, int]:
+        """How many tokens are kept of a sample that is too long, and how many images."""
+        added = self.num_visual_tokens - 1
+        starts = [place + number * added for number, place in enumerate(places)]
+        images = sum(start + added < max_length for start in starts)
+        return min([max_length, *starts[images : images + 1]]), images
+
+    def check_cut(self, sample: Sample, length: int, labels: list[int], max_length: int) -> None:
+        """Something must be left to learn."""
+        if any(label != IGNORE_INDEX for label in labels[1:]):
+            return
+        where = sample.where or sample.id
+        if len(labels) < max_length:
+            raise TooLong(
+                f"{where}: {length} tokens do not fit a row of {max_length}, cutting them there would cut an image, "
+                f"and in front of it is nothing to learn: raise data.seq_length or use a connector with fewer visual "
+                f"tokens"
             )
-        if all(label == IGNORE_INDEX for label in labels[1:max_length]):
-            raise ValueError(
-                f"{sample.where or sample.id}: {len(input_ids)} tokens cut to {max_length} leave nothing to learn: "
-                f"raise data.seq_length"
-            )
-        return input_ids[:max_length], labels[:max_length]
+        raise TooLong(f"{where}: {length} tokens cut to {max_length} leave nothing to learn: raise data.seq_length")
 
     def pixels(self, images: list[ImageSource]) -> Tensor:
         """[n, 3, H, W] uint8, or float32 where `normalisation` is None; n may be 0."""

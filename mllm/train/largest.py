@@ -27,18 +27,11 @@ Rows = list[list[int]]
 def largest(model: MultimodalLM, known: Index | Look, plan: Plan | StreamPlan, rows_per_micro_batch: int) -> Shape:
     """The shape of the micro-batch that needs most memory: of the longest rows, of those with most images and of those
     with most supervised tokens, the heaviest."""
-    columns = [known.length, image_counts(known), known.supervised]
+    columns = [known.length, known.images, known.supervised]
     rows = planned_rows(plan) if isinstance(plan, Plan) else dense_rows(columns, plan)
     counts = np.array([[column[row].sum() for column in columns] for row in rows])  # [rows, 3]
     shapes = {shape_of(counts[np.argsort(-counts[:, by], kind="stable")[:rows_per_micro_batch]]) for by in range(3)}
     return max(sorted(shapes, key=str), key=lambda shape: weight(model, shape))
-
-
-def image_counts(known: Index | Look) -> np.ndarray:
-    """Images of each sample."""
-    if isinstance(known, Look):
-        return np.array([len(known.sample(number).images) for number in range(len(known.items))])
-    return known.images
 
 
 def planned_rows(plan: Plan) -> Rows:

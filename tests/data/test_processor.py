@@ -10,6 +10,7 @@ from PIL import Image
 from transformers import EfficientNetImageProcessor
 
 from conftest import make_processor, make_sample, make_tokenizer, picture
+from mllm.data.indexing.measure import Sizes, measure
 from mllm.data.processor import LARGEST_SIDE, ImageFit, Processor
 from mllm.types import IGNORE_INDEX, Mark, Message, Sample
 
@@ -75,9 +76,12 @@ def test_a_cut_keeps_the_first_tokens_or_tells_why_not(processor: Processor, len
         assert str(error).startswith("made.json, row 1: ")  # noqa: PT017
         assert "raise data.seq_length" in str(error)  # noqa: PT017
         return
-    kept = min(length, len(whole.input_ids))
+    kept = len(example.input_ids)
+    assert kept == min(length, len(whole.input_ids)) or whole.input_ids[kept] == processor.image_token_id
     assert (example.input_ids, example.labels) == (whole.input_ids[:kept], whole.labels[:kept])
-    assert example.input_ids.count(processor.image_token_id) == 8
+    shown = example.input_ids.count(processor.image_token_id)
+    assert shown % 4 == 0
+    assert torch.equal(example.pixel_values, whole.pixel_values[: shown // 4])
     assert any(label != IGNORE_INDEX for label in example.labels[1:])
 
 
@@ -87,14 +91,39 @@ def test_a_cut_through_an_image_or_before_the_answer_is_refused(length: int, tol
         make_processor()(make_sample(1), max_length=length)
 
 
-def test_a_cut_at_the_very_end_of_an_image_is_no_cut_through_it() -> None:
+def test_a_cut_goes_in_front_of_an_image_that_does_not_fit() -> None:
     messages = [Message("assistant", ["red"]), Message("user", [Mark.IMAGE, "x"])]
     processor = make_processor()
     sample = Sample("s", messages, [picture(1)])
     last = max(i for i, token in enumerate(processor(sample).input_ids) if token == processor.image_token_id)
     assert len(processor(sample, max_length=last + 1).input_ids) == last + 1
-    with pytest.raises(ValueError, match="would cut an image"):
-        processor(sample, max_length=last)
+    for length in range(last - 3, last + 1):
+        example = processor(sample, max_length=length)
+        assert len(example.input_ids) == last - 3
+        assert len(example.pixel_values) == 0
+    with pytest.raises(ValueError, match="would cut an image, and in front of it is nothing to learn"):
+        processor(Sample("s", [messages[1], messages[0]], [picture(1)]), max_length=4)
+
+
+def test_images_behind_a_cut_are_neither_opened_nor_counted(tmp_path: Path) -> None:
+    picture(1).save(tmp_path / "0.png")
+    content = ["red", Mark.IMAGE, "green", Mark.IMAGE, "blue", Mark.IMAGE, "end"]
+    document = Sample("d", [Message("user", []), Message("assistant", content)], where="row 1")
+    document.images = [tmp_path / "0.png", tmp_path / "missing.png", tmp_path / "missing.png"]
+    for instruct in (False, True):
+        processor = make_processor()
+        processor.instruct = instruct
+        whole = processor.encoded(document)
+        second = [i for i, token in enumerate(whole.input_ids) if token == processor.image_token_id][4]
+        for length in range(second + 1, second + 4):
+            kept = processor.encoded(document, length)
+            assert (kept.images, len(kept.input_ids), kept.cut) == (1, second, len(whole.input_ids) - second)
+            example = processor(document, length)
+            assert torch.equal(example.pixel_values, processor.pixels(document.images[:1]))
+            assert len(example.instructions) == instruct
+            line = measure(document, processor, length, Sizes())
+            assert (line.get("cause"), line["length"], line["sizes"]) == (None, second, [32, 32])
+        assert measure(document, processor, second + 4, Sizes())["kind"] == "image"
 
 
 def test_a_prompt_has_no_labels_and_begins_the_training_ids(processor: Processor) -> None:

@@ -8,7 +8,7 @@ learned.
 from __future__ import annotations
 
 from mllm.data.curation.filters.text import words_of
-from mllm.data.processor import Processor
+from mllm.data.processor import Encoded, Processor
 from mllm.types import IGNORE_INDEX, Sample
 
 BEGINNING = 1
@@ -21,10 +21,10 @@ class WordCounter(Processor):
     def __init__(self) -> None:
         self.image_token_id = -1
 
-    def encode(self, sample: Sample, max_length: int | None = None) -> tuple[list[int], list[int]]:
+    def encoded(self, sample: Sample, max_length: int | None = None) -> Encoded:
         """One entry a word, labelled where the assistant says it."""
         labels = [IGNORE_INDEX] * BEGINNING
         for message in sample.messages:
             label = 0 if message.role == "assistant" else IGNORE_INDEX
             labels += [label] * len(words_of(message.text))
-        return [0] * len(labels), labels
+        return Encoded([0] * len(labels), labels, len(sample.images))

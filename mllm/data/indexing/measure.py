@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from mllm.data.formats.source import Filtered, Place, Source
 from mllm.data.images import image_size
-from mllm.data.processor import Processor
+from mllm.data.processor import Processor, TooLong
 from mllm.types import IGNORE_INDEX, Sample
 
 if TYPE_CHECKING:
@@ -97,17 +97,16 @@ def bad_record(error: ValueError, where: str) -> Line:
 def measure(sample: Sample, processor: Processor, max_length: int, sizes: Sizes) -> Line:
     """The counts of one sample, or why it cannot be used."""
     line: Line = {"id": sample.id, "variant": sample.variant}
-    kind = "image"
+    kind = "text"
     try:
-        line["sizes"] = [side for image in sample.images for side in sizes(image)]
-        kind = "text"
-        input_ids, labels = processor.encode(sample)
-        kind = "length"
-        kept, labels = processor.cut(sample, input_ids, labels, max_length)
+        kept = processor.encoded(sample, max_length)
+        kind = "image"
+        line["sizes"] = [side for image in sample.images[: kept.images] for side in sizes(image)]
     except ValueError as error:
+        kind = "length" if isinstance(error, TooLong) else kind
         return {**line, "kind": kind, "cause": str(error).removeprefix(f"{sample.where}: ")}
-    line["length"], line["cut"] = len(kept), len(input_ids) - len(kept)
-    line["supervised"] = len(kept) - 1 - labels[1:].count(IGNORE_INDEX)
+    line["length"], line["cut"] = len(kept.input_ids), kept.cut
+    line["supervised"] = len(kept.labels) - 1 - kept.labels[1:].count(IGNORE_INDEX)
     return line
 
 

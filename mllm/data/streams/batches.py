@@ -83,7 +83,11 @@ class Look:
 
     @property
     def num_images(self) -> int:
-        return sum(len(self.sample(number).images) for number in range(len(self.items)))
+        return int(self.images.sum())
+
+    @property
+    def images(self) -> np.ndarray:
+        return np.array([item.images for item in self.items])
 
     def sample(self, number: int) -> Sample:
         sample = self.items[number].sample
@@ -131,8 +135,7 @@ class StreamedBatches(Dataset[Batch]):
         sample = item.sample
         assert sample is not None
         try:
-            pixels, words = self.processor.pixels(sample.images), self.processor.instructions(sample)
-            return Example(item.id, *item.tokens, pixels, sample.where, item.spot.source, instructions=words)
+            return self.processor.example(sample, *item.tokens, item.spot.source)
         except ValueError as error:
             fault = Fault("image", item.id, sample.where, str(error).removeprefix(f"{sample.where}: "), item.number)
             return hole(fault, item.length, item.spot.source, self.processor.pixels([]))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, NamedTuple, NoReturn, Protocol
 
@@ -51,6 +51,8 @@ class Item:
     """`input_ids` and `labels`."""
     number: int = -1
     """How many items arrived before it, of all feeds."""
+    images: int = field(default=0, compare=False)
+    """Of the sample's, those that stand in the tokens, where it was measured."""
 
 
 class Feed(Protocol):

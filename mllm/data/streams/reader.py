@@ -20,7 +20,7 @@ from mllm.data.index import Index
 from mllm.data.indexing import fingerprint
 from mllm.data.indexing.tally import IN_A_ROW, Tally
 from mllm.data.planning.order import key_of
-from mllm.data.processor import Processor
+from mllm.data.processor import Processor, TooLong
 from mllm.data.streams.plan import Feed, Item, Spot
 from mllm.types import Fault, Sample
 
@@ -159,16 +159,14 @@ class SourceFeed:
             return None
         if isinstance(found, ValueError):
             return Fault("record", "", where, str(found).removeprefix(f"{where}: "))
-        kind = "text"
         try:
-            tokens = self.stream.processor.encode(found)
-            kind = "length"
-            kept = self.stream.processor.cut(found, *tokens, self.stream.max_length)
+            kept = self.stream.processor.encoded(found, self.stream.max_length)
         except ValueError as error:
+            kind = "length" if isinstance(error, TooLong) else "text"
             return Fault(kind, found.id, where, str(error).removeprefix(f"{where}: "))
-        cut = len(tokens[0]) - len(kept[0])
-        tally.in_a_row, tally.truncated, tally.tokens_cut = 0, tally.truncated + bool(cut), tally.tokens_cut + cut
-        return Item(found.id, len(kept[0]), spot, found, kept)
+        tally.in_a_row = 0
+        tally.truncated, tally.tokens_cut = tally.truncated + bool(kept.cut), tally.tokens_cut + kept.cut
+        return Item(found.id, len(kept.input_ids), spot, found, (kept.input_ids, kept.labels), images=kept.images)
 
     def fetch(self, spot: Spot) -> Item:
         """The item that was read there; it is not counted again.
