@@ -41,10 +41,10 @@ from mllm.train.audit import concluded
 from mllm.train.checkpoint import checkpoints, newest
 from mllm.train.forecast import forecast
 from mllm.train.ledger import Quarantine
-from mllm.train.loop import deal, make_plan, num_steps
 from mllm.train.needs import refuse, tell
 from mllm.train.preflight import numbers, preflight
 from mllm.train.room import memory_for
+from mllm.train.route import deal, make_plan, num_steps
 from mllm.train.shadow import size
 from mllm.train.stage_folder import FINISHED, needs_weights, save_stage
 from mllm.train.watchdog import RankStopped

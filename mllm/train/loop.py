@@ -18,18 +18,16 @@ import torch
 
 from mllm.data.formats.source import labels
 from mllm.data.index import Index
-from mllm.data.loader import DataConfig, PlannedBatches, Share, batches
+from mllm.data.loader import DataConfig, batches
 from mllm.data.plan import Plan
-from mllm.data.planning.columns import Columns
 from mllm.data.processor import Processor
-from mllm.data.streams.batches import StreamedBatches
 from mllm.data.streams.plan import StreamPlan
 from mllm.data.streams.reader import Stream
 from mllm.models.feature_cache import FeatureCache
 from mllm.models.multimodal import MultimodalLM
 from mllm.train import checkpointing, engine, zero
 from mllm.train.audit import Audit
-from mllm.train.checkpoint import load_optimizer, load_weights, newest_state, save_checkpoint
+from mllm.train.checkpoint import load_optimizer, load_weights, save_checkpoint
 from mllm.train.clock import make_clock
 from mllm.train.guard import Guard
 from mllm.train.halving import Room
@@ -40,6 +38,7 @@ from mllm.train.metrics import Metrics
 from mllm.train.optimizer import make_optimizer
 from mllm.train.preemption import Preemption
 from mllm.train.retention import metric
+from mllm.train.route import deal, fingerprint, num_steps
 from mllm.train.schedule import rate_factor, rates, set_rates
 from mllm.train.settings import TrainConfig
 from mllm.train.step import optimise
@@ -48,48 +47,6 @@ from mllm.train.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-
-def make_plan(index: Index | Stream, data: DataConfig, train: TrainConfig, resume: bool = False) -> Plan | StreamPlan:
-    """The plan of a run, the same on every rank; one that goes on knows from its checkpoint where it stood.
-
-    Raises:
-        ValueError: the checkpoint was made with another plan, or a stream that waited there changed.
-    """
-    plan: Plan | StreamPlan
-    if isinstance(index, Stream):
-        feeds, weights = index.feeds()
-        plan = StreamPlan(feeds, data.seq_length, train.rows_per_step, weights, data.packing, index.tally)
-    else:
-        columns = Columns(index.length, index.images, index.source, index.group, index.weight)
-        plan = Plan(columns, data.mixture, data.seq_length, train.rows_per_step, train.seed, data.packing)
-    position = newest_state(train.output_dir, fingerprint(index, plan))["position"] if resume else None
-    return plan.at(position) if position else plan
-
-
-def fingerprint(index: Index | Stream, plan: Plan | StreamPlan) -> str:
-    """What a checkpoint's step may be trusted with: these samples in this order."""
-    return f"{plan.fingerprint()}-{index.fingerprint()}"
-
-
-def deal(
-    accelerator: Accelerator,
-    index: Index | Stream,
-    plan: Plan | StreamPlan,
-    processor: Processor,
-    train: TrainConfig,
-) -> PlannedBatches | StreamedBatches:
-    """This rank's micro-batches of the plan; a `ValueError` where the rows of a step cannot be dealt to the ranks."""
-    share = Share(accelerator.process_index, accelerator.num_processes, train.rows_per_micro_batch)
-    if isinstance(plan, StreamPlan):
-        return StreamedBatches(plan, processor, share)
-    assert isinstance(index, Index)
-    return PlannedBatches(index, plan, processor, share)
-
-
-def num_steps(plan: Plan | StreamPlan, train: TrainConfig) -> int:
-    """Optimiser steps of the run; an epoch is packed once to count them."""
-    return train.steps if train.steps is not None else plan.steps(train.epochs)
 
 
 def fit(
@@ -114,25 +71,45 @@ def fit(
     set_mode(model)
     model.feature_cache = make_cache(train)
     groups = parameter_groups(model, train.learning_rate, train.weight_decay)
-    name = fingerprint(index, plan)
+    name, last_step = fingerprint(index, plan), num_steps(plan, train)
     first_step = load_weights(train.output_dir, model, name) if resume else 0
     zero.settle(accelerator, train, dataset.accumulation)
     make = partial(make_optimizer, name=train.optimizer)
     objective, optimizer, trained = engine.prepare(accelerator, NextToken(model), groups, make)
     if first_step:
         load_optimizer(train.output_dir, model, optimizer, trained)
-    last_step = num_steps(plan, train)
-    ledger = Ledger(train.output_dir, index.tally, data.max_bad_share)
+    ledger, guard = Ledger(train.output_dir, index.tally, data.max_bad_share), Guard(train.guard, train.output_dir)
     if isinstance(index, Stream) and accelerator.is_main_process:
         index.tell = ledger.quarantine.add
-    guard, room = Guard(train.guard, train.output_dir), Room()
     if resume:
         ledger.resume(accelerator, first_step)
         guard.resume(accelerator, first_step)
     watchdog = Watchdog(accelerator, train.output_dir, train.hang_seconds, train.hang_stop_seconds)
     micro_batches = batches(dataset, first_step, last_step, data.num_workers, watchdog.asked)
     micro_batches = watchdog.loaded(micro_batches, first_step, dataset.accumulation)
-    sources, is_main = labels(index.sources), accelerator.is_main_process
+    take_step = partial(
+        optimise,
+        accelerator,
+        objective,
+        optimizer,
+        max_grad_norm=train.max_grad_norm,
+        reduction=train.loss_reduction,
+        sources=labels(index.sources),
+        guard=guard,
+        room=Room(),
+        beat=watchdog.beat,
+    )
+    save = partial(
+        save_checkpoint,
+        train.output_dir,
+        model=model,
+        optimizer=optimizer,
+        trained=trained,
+        fingerprint=name,
+        is_main=accelerator.is_main_process,
+        keep_last=train.keep_last,
+        keep_best=train.keep_best,
+    )
     preemption = Preemption(accelerator, last_step)
     with watchdog, preemption, Metrics(accelerator, train, first_step, last_step) as metrics:
         audit = Audit(accelerator, model, train, metrics.say)
@@ -141,39 +118,29 @@ def fit(
             torch.manual_seed(step_seed(train.seed, step, accelerator.process_index))
             set_rates(optimizer, rate_factor(step, last_step, train.warmup, train.schedule))
             block = clock.block(micro_batches, dataset.accumulation)
-            numbers = optimise(
-                accelerator,
-                objective,
-                optimizer,
-                block,
-                train.max_grad_norm,
-                train.loss_reduction,
-                sources,
-                guard,
-                room,
-                watchdog.beat,
-            )
+            numbers = take_step(block)
             watchdog.beat("after the step", slow=True)
             numbers = guard.note(accelerator, step + 1, numbers)
             numbers |= {**plan.counts(step), **rates(optimizer), **clock.lap(plan.counts(step)["tokens"])}
             numbers |= held_out.at(step + 1, objective, model)
             ledger.note(accelerator, block, plan, step)
             metrics.step(step + 1, {**numbers, "skipped": ledger.tally.holes.total()})
-            if preemption.stops(step + 1) or (train.save_every and (step + 1) % train.save_every == 0):
-                position, loss = (plan.position(step + 1), metric(metrics.lines)) if is_main else (None, None)
-                keep = train.keep_last, train.keep_best
-                save_checkpoint(
-                    train.output_dir, step + 1, model, optimizer, trained, name, position, is_main, loss, *keep
-                )
+            if preemption.stops(step + 1) or is_due(step + 1, train.save_every):
+                save(step + 1, position=plan.position(step + 1), metric=metric(metrics.lines))
                 audit.first_save(step + 1 - first_step)
             if preemption.step:
                 break
         else:
             audit.finish(last_step - first_step)
-    if is_main:
+    if accelerator.is_main_process:
         ledger.write()
     accelerator.wait_for_everyone()
     preemption.leave(train.output_dir)
+
+
+def is_due(step: int, every: int | None) -> bool:
+    """Does a checkpoint follow this step?"""
+    return every is not None and step % every == 0
 
 
 def make_cache(train: TrainConfig) -> FeatureCache | None:

@@ -22,7 +22,7 @@ from mllm.data.loader import DataConfig, PlannedBatches, Share, batches
 from mllm.data.plan import Plan
 from mllm.data.planning.mixture import MixtureConfig, SourceShare
 from mllm.data.processor import Processor
-from mllm.train.loop import make_plan
+from mllm.train.route import make_plan
 from mllm.train.settings import TrainConfig
 from mllm.types import IGNORE_INDEX, Batch, Fault
 

@@ -24,7 +24,8 @@ from mllm.data.index import build_index
 from mllm.data.loader import DataConfig
 from mllm.models.multimodal import MultimodalLM
 from mllm.train import zero
-from mllm.train.loop import fit, make_plan
+from mllm.train.loop import fit
+from mllm.train.route import make_plan
 from mllm.train.settings import TrainConfig
 from mllm.train.trainable import LearningRates, Lora, choose_trainable
 

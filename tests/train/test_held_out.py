@@ -29,8 +29,9 @@ from mllm.models.multimodal import MultimodalLM
 from mllm.stage import start
 from mllm.train.gap import conclude, terms
 from mllm.train.held_out import HeldOut
-from mllm.train.loop import fit, make_plan
+from mllm.train.loop import fit
 from mllm.train.losses import NextToken, model_inputs, num_supervised
+from mllm.train.route import make_plan
 from mllm.train.trainable import LearningRates, Lora
 from mllm.types import Batch, Sample
 from runs import SEQ_LENGTH, chosen_model, metrics, on_two_ranks, run, settings, weights

@@ -15,7 +15,7 @@ from mllm.data.formats.llava import LlavaSource
 from mllm.data.index import Index, build_index
 from mllm.data.loader import DataConfig, PlannedBatches, Share
 from mllm.data.streams.batches import StreamedBatches, open_stream
-from mllm.train.loop import make_plan
+from mllm.train.route import make_plan
 from runs import SEQ_LENGTH, metrics, on_two_ranks, settings, write_llava
 
 STEPS = {"align": 12, "lora": 5, "full": 5}

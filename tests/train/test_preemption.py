@@ -99,7 +99,7 @@ def test_step_that_is_due_anyway_is_saved_once(tmp_path: Path) -> None:
     save = loop.save_checkpoint
 
     def begin() -> None:
-        loop.save_checkpoint = lambda folder, step, *more: (saved.append(step), save(folder, step, *more))
+        loop.save_checkpoint = lambda folder, step, **more: (saved.append(step), save(folder, step, **more))
         at_step(4, lambda: os.kill(os.getpid(), signal.SIGTERM))
         try:
             run(data, settings(out, steps=STEPS, save_every=2))

@@ -16,8 +16,8 @@ from mllm.data.loader import DataConfig
 from mllm.data.plan import Plan
 from mllm.data.processor import Processor
 from mllm.data.streams.batches import look, open_stream
-from mllm.train.loop import make_plan
 from mllm.train.preflight import preflight
+from mllm.train.route import make_plan
 from mllm.train.settings import TrainConfig
 from mllm.train.supervision import check_supervised_share, mask_text
 from mllm.train.trainable import LearningRates, Lora, choose_trainable

@@ -20,10 +20,10 @@ from mllm.data.streams.batches import look, open_stream
 from mllm.train import probe as room
 from mllm.train.forecast import Forecast, forecast
 from mllm.train.largest import largest
-from mllm.train.loop import make_plan
 from mllm.train.losses import num_supervised
 from mllm.train.needs import refuse, warnings
 from mllm.train.probe import Probe, made_up, probe
+from mllm.train.route import make_plan
 from mllm.train.settings import TrainConfig
 from mllm.train.shadow import Shape
 from runs import LORA, SEQ_LENGTH, chosen_model, metrics, on_two_ranks, run, settings, weights

@@ -15,7 +15,8 @@ from mllm.data.formats.llava import LlavaSource
 from mllm.data.loader import DataConfig
 from mllm.data.streams.batches import open_stream
 from mllm.train.checkpoint import checkpoints
-from mllm.train.loop import fit, make_plan, num_steps
+from mllm.train.loop import fit
+from mllm.train.route import make_plan, num_steps
 from mllm.train.settings import TrainConfig
 from runs import SEQ_LENGTH, chosen_model, metrics, settings
 

@@ -19,8 +19,9 @@ from mllm.data.index import build_index
 from mllm.data.loader import DataConfig
 from mllm.data.packing import join
 from mllm.data.streams.batches import open_stream
-from mllm.train.loop import fit, make_plan
+from mllm.train.loop import fit
 from mllm.train.losses import NextToken, model_inputs, num_supervised, owners
+from mllm.train.route import make_plan
 from mllm.train.sums import Sums
 from mllm.types import Batch
 from runs import chosen_model, on_two_ranks, settings
