@@ -22,8 +22,8 @@ from mllm.data.loader import DataConfig
 from mllm.flags import lay_over, split_flags
 from mllm.models.build import ModelConfig
 from mllm.schema import Schema
-from mllm.train.scales import PartName
 from mllm.train.settings import TrainConfig
+from mllm.train.tuning.scales import PartName
 
 
 @dataclass

@@ -26,10 +26,10 @@ from mllm.data.processor import Processor
 from mllm.models.build import build_model
 from mllm.models.multimodal import MultimodalLM
 from mllm.models.quantised import is_4bit, is_quantised
-from mllm.train.adapters import ADAPTED, is_adapted, merge_lora, on_dequantised, put, wrapped
 from mllm.train.audit import AuditMode
-from mllm.train.scales import plain
 from mllm.train.stage_folder import load_stage
+from mllm.train.tuning.adapters import ADAPTED, is_adapted, merge_lora, on_dequantised, put, wrapped
+from mllm.train.tuning.scales import plain
 from mllm.types import Mark, Message, Sample
 
 if TYPE_CHECKING:

@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import shutil
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
 
-from mllm.config import RunConfig, dump_config, load_config
+from mllm.config import RunConfig, dump_config
 from mllm.data.held_out import index_held_out
 from mllm.data.index import Index, build_index
 from mllm.data.indexing.store import default_folder
@@ -33,46 +30,29 @@ from mllm.models.attention import check_isolation, check_rotation
 from mllm.models.build import ModelConfig, build_model, check_llm, named, visual_tokens_per_image
 from mllm.models.deferred import CannotDefer, empty_llm
 from mllm.models.multimodal import MultimodalLM
+from mllm.output import check_output, remove
 from mllm.quiet import quiet_libraries
 from mllm.reload import check_reload
-from mllm.train import checkpointing, durable, engine, held_out, trackers
+from mllm.train import engine, held_out
 from mllm.train.audit import FILE as AUDIT_FILE
 from mllm.train.audit import concluded
-from mllm.train.checkpoint import checkpoints, newest
-from mllm.train.forecast import forecast
+from mllm.train.checkpoint import newest
+from mllm.train.forecasting.forecast import forecast
+from mllm.train.forecasting.needs import refuse, tell
+from mllm.train.forecasting.room import memory_for
+from mllm.train.forecasting.shadow import size
 from mllm.train.ledger import Quarantine
-from mllm.train.needs import refuse, tell
 from mllm.train.preflight import numbers, preflight
-from mllm.train.room import memory_for
 from mllm.train.route import deal, make_plan, num_steps
-from mllm.train.shadow import size
+from mllm.train.saving import durable
 from mllm.train.stage_folder import FINISHED, needs_weights, save_stage
+from mllm.train.tuning import checkpointing
 from mllm.train.watchdog import RankStopped
+from mllm.train.watching import trackers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-WRITTEN = (
-    FINISHED,
-    "config.yaml",
-    "llm.safetensors",
-    "vision_encoder.safetensors",
-    "adapter",
-    "vision_adapter",
-    "processor",
-    "checkpoints",
-    "metrics.jsonl",
-    "loss.png",
-    "tensorboard",
-    "wandb",
-    trackers.REMEMBERED,
-    "quarantine.jsonl",
-    "guard.jsonl",
-    "hang.jsonl",
-    "ledger.json",
-    AUDIT_FILE,
-)
-"""All that a stage writes: what --overwrite removes, and nothing else."""
 HEAVY = 10**9
 """Bytes of an LLM above which a CPU would take minutes for one micro-batch."""
 
@@ -246,53 +226,6 @@ def check_written(accelerator: Accelerator, config: RunConfig, model: Multimodal
     if accelerator.reduce(torch.tensor(float(bool(wrong)), device=accelerator.device), "sum"):
         accelerator.end_training()
         raise ValueError(f"the audit failed: {wrong or 'the first rank says why'} ({folder / AUDIT_FILE})")
-
-
-def check_output(config: RunConfig) -> None:
-    """Refuse a folder that holds a run, unless told what to do with it."""
-    folder = config.train.output_dir
-    if folder.is_file():
-        raise ValueError(f"train.output_dir {folder} is a file: name a folder")
-    if config.init_from and folder.resolve() == config.init_from.resolve():
-        raise ValueError(
-            f"init_from and train.output_dir are both {folder}: a stage cannot replace the one it starts from"
-        )
-    if config.resume and config.overwrite:
-        raise ValueError("--resume keeps the output folder and --overwrite empties it: give one of them")
-    used = [name for name in WRITTEN if (folder / name).exists()]
-    if used and not (config.resume or config.overwrite or config.dry_run):
-        raise ValueError(
-            f"{folder} holds a run already ({', '.join(used[:3])}): "
-            f"--resume goes on with it, --overwrite starts again, --train.output_dir names another place"
-        )
-    if config.resume and (folder / FINISHED).exists() and not config.dry_run:
-        leave_if_finished(config)
-
-
-def leave_if_finished(config: RunConfig) -> None:
-    """A finished run is left as it is, and that is no error: a job that is started again and again ends so. One that
-    shall be longer than it was goes on from its newest checkpoint."""
-    folder = config.train.output_dir
-    was = load_config(folder / "config.yaml").train
-    if (was.steps, was.epochs) == (config.train.steps, config.train.epochs):
-        if os.environ.get("RANK", "0") == "0":
-            print(f"resume: {folder} is finished already, nothing is changed (--overwrite starts again)")
-        sys.exit(0)
-    if not checkpoints(folder):
-        raise ValueError(
-            f"nothing to resume: {folder} is finished, and {folder / 'checkpoints'} holds no checkpoint from which it "
-            f"could be made longer (train.save_every writes them): --overwrite starts again"
-        )
-
-
-def remove(folder: Path) -> None:
-    """Take away what stages write, and nothing else. The checkpoints go in one act, and before what tells of them: what
-    is left of a removal that was cut off cannot be resumed."""
-    if (folder / "checkpoints").exists():
-        durable.remove(folder / "checkpoints")
-    for name in WRITTEN:
-        path = folder / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def console(accelerator: Accelerator) -> Console:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from mllm.train import loop
 from mllm.train.checkpoint import checkpoints
-from mllm.train.durable import REPLACED, UNFINISHED, damage, read_lines
+from mllm.train.saving.durable import REPLACED, UNFINISHED, damage, read_lines
 
 Ids = dict[int, list[str]]
 """The samples of each step, sorted."""

@@ -15,10 +15,10 @@ from mllm.inherit import take_over
 from mllm.models.build import ModelConfig, build_model
 from mllm.models.connectors import AvgPoolConnector, MLPConnector, QFormerConnector
 from mllm.models.multimodal import MultimodalLM
-from mllm.train.adapters import Lora
 from mllm.train.settings import TrainConfig
 from mllm.train.stage_folder import save_stage
 from mllm.train.trainable import LearningRates, choose_trainable
+from mllm.train.tuning.adapters import Lora
 
 QFORMER = {"hidden_size": 16, "num_layers": 2, "num_heads": 2}
 FULL = {"learning_rate": LearningRates(connector=1e-3, llm=1e-3, vision_encoder=1e-3)}

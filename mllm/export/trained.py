@@ -21,8 +21,8 @@ from mllm.models.fused_encoder import FusedEncoder
 from mllm.models.multimodal import MultimodalLM
 from mllm.models.quantised import dequantise, is_quantised
 from mllm.models.vision_encoder import VisionEncoder
-from mllm.train.adapters import is_adapted, merge_lora
 from mllm.train.stage_folder import load_stage
+from mllm.train.tuning.adapters import is_adapted, merge_lora
 
 
 @dataclass

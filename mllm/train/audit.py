@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mllm.models.multimodal import MultimodalLM
 from mllm.train.checkpoint import checkpoints
-from mllm.train.shards import put_together
+from mllm.train.engines.shards import put_together
 from mllm.train.trainable import trained_weights
 
 if TYPE_CHECKING:

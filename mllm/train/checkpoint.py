@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 from mllm.models.multimodal import MultimodalLM
-from mllm.train import durable
-from mllm.train.retention import KEEP, retain
-from mllm.train.shards import load_moments, moments, whole
-from mllm.train.tensors import load_tensors, save_tensors
+from mllm.train.engines.shards import load_moments, moments, whole
+from mllm.train.saving import durable
+from mllm.train.saving.retention import KEEP, retain
+from mllm.train.saving.tensors import load_tensors, save_tensors
 from mllm.train.trainable import trained_weights
 
 T = TypeVar("T")

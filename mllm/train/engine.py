@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from mllm.train import fsdp, zero
+from mllm.train.engines import fsdp, zero
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

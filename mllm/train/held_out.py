@@ -21,10 +21,10 @@ from mllm.data.index import Index
 from mllm.data.loader import DataConfig, Share
 from mllm.data.processor import Processor
 from mllm.models.multimodal import MultimodalLM
-from mllm.train.gap import HeldOutLoss, conclude, terms
 from mllm.train.losses import model_inputs, owners
 from mllm.train.step import Beat, mute
 from mllm.train.sums import global_sums
+from mllm.train.watching.gap import HeldOutLoss, conclude, terms
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

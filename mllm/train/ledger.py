@@ -18,7 +18,7 @@ from mllm.data.index import SHOWN
 from mllm.data.indexing.tally import IN_A_ROW, Tally
 from mllm.data.plan import Plan
 from mllm.data.streams.plan import StreamPlan
-from mllm.train import durable
+from mllm.train.saving import durable
 from mllm.types import Batch, Fault
 
 if TYPE_CHECKING:

@@ -25,10 +25,10 @@ from mllm.data.streams.plan import StreamPlan
 from mllm.data.streams.reader import Stream
 from mllm.models.feature_cache import FeatureCache
 from mllm.models.multimodal import MultimodalLM
-from mllm.train import checkpointing, engine, zero
+from mllm.train import engine
 from mllm.train.audit import Audit
 from mllm.train.checkpoint import load_optimizer, load_weights, save_checkpoint
-from mllm.train.clock import make_clock
+from mllm.train.engines import zero
 from mllm.train.guard import Guard
 from mllm.train.halving import Room
 from mllm.train.held_out import HeldOut
@@ -36,14 +36,16 @@ from mllm.train.ledger import Ledger
 from mllm.train.losses import NextToken
 from mllm.train.metrics import Metrics
 from mllm.train.optimizer import make_optimizer
-from mllm.train.preemption import Preemption
-from mllm.train.retention import metric
 from mllm.train.route import deal, fingerprint, num_steps
+from mllm.train.saving.preemption import Preemption
+from mllm.train.saving.retention import metric
 from mllm.train.schedule import rate_factor, rates, set_rates
 from mllm.train.settings import TrainConfig
 from mllm.train.step import optimise
 from mllm.train.trainable import parameter_groups, set_mode
+from mllm.train.tuning import checkpointing
 from mllm.train.watchdog import Watchdog
+from mllm.train.watching.clock import make_clock
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

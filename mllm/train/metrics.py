@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from mllm.train import durable
-from mllm.train.picture import draw_loss
-from mllm.train.screen import flat, sentence
-from mllm.train.trackers import Tracking
+from mllm.train.saving import durable
+from mllm.train.watching.picture import draw_loss
+from mllm.train.watching.screen import flat, sentence
+from mllm.train.watching.trackers import Tracking
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

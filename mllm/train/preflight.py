@@ -24,7 +24,7 @@ from mllm.data.streams.plan import StreamPlan
 from mllm.data.streams.reader import Stream
 from mllm.models.multimodal import MultimodalLM
 from mllm.models.vocabulary import untrained_tokens
-from mllm.train.supervision import check_supervised_share, render_mask, supervised_share
+from mllm.train.forecasting.supervision import check_supervised_share, render_mask, supervised_share
 from mllm.train.trainable import LearningRates, parts, refinements
 
 if TYPE_CHECKING:

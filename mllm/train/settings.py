@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Literal
 
 from mllm.schema import Fraction, NotNegative, NotNegativeInt, Positive, Schema
-from mllm.train.adapters import Lora
 from mllm.train.audit import AuditMode
-from mllm.train.checkpointing import Checkpointing
 from mllm.train.guard import GuardConfig
 from mllm.train.losses import Reduction
 from mllm.train.optimizer import OptimizerName
-from mllm.train.retention import KEEP
+from mllm.train.saving.retention import KEEP
 from mllm.train.schedule import Schedule
-from mllm.train.trackers import Trackers
 from mllm.train.trainable import LearningRates
+from mllm.train.tuning.adapters import Lora
+from mllm.train.tuning.checkpointing import Checkpointing
+from mllm.train.watching.trackers import Trackers
 
 
 @dataclass

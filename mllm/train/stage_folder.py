@@ -21,10 +21,10 @@ from torch import nn
 from mllm.models.deferred import is_deferred, stand_ins
 from mllm.models.multimodal import MultimodalLM
 from mllm.models.quantised import fill, is_4bit, is_quantised, packed_parts, round_to_4bit
-from mllm.train.adapters import Lora, is_adapted, put, wrapped
-from mllm.train.scales import plain
-from mllm.train.shards import whole
-from mllm.train.tensors import fill_tensors, load_tensors, save_tensors
+from mllm.train.engines.shards import whole
+from mllm.train.saving.tensors import fill_tensors, load_tensors, save_tensors
+from mllm.train.tuning.adapters import Lora, is_adapted, put, wrapped
+from mllm.train.tuning.scales import plain
 
 if TYPE_CHECKING:
     from mllm.data.processor import Processor

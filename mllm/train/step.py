@@ -21,7 +21,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mllm.train import engine, zero
+from mllm.train import engine
+from mllm.train.engines import zero
 from mllm.train.guard import Guard
 from mllm.train.halving import LEVERS, Room
 from mllm.train.losses import Reduction, model_inputs, weight_sum

@@ -16,8 +16,8 @@ from torch import nn
 from mllm.models.multimodal import MultimodalLM
 from mllm.models.quantised import is_quantised, numel
 from mllm.schema import NotNegative, Schema
-from mllm.train.adapters import Lora, attach_lora, merge_adapter
-from mllm.train.scales import Decay, PartName, check_patterns, check_used, factors, plain
+from mllm.train.tuning.adapters import Lora, attach_lora, merge_adapter
+from mllm.train.tuning.scales import Decay, PartName, check_patterns, check_used, factors, plain
 
 PARTS: tuple[PartName, ...] = ("connector", "llm", "vision_encoder")
 """In the order of the optimiser's groups."""

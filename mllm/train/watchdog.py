@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from mllm.train.waits import Seen, Standing, sentence, suspects
+from mllm.train.watching.waits import Seen, Standing, sentence, suspects
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

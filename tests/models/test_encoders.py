@@ -40,9 +40,9 @@ from mllm.models.feature_cache import FeatureCache
 from mllm.models.fused_encoder import FusedEncoder, resized
 from mllm.models.vision_encoder import VisionEncoder
 from mllm.models.vision_grid import Grid
-from mllm.train.adapters import Lora
 from mllm.train.stage_folder import load_stage, save_stage
 from mllm.train.trainable import LearningRates, choose_trainable
+from mllm.train.tuning.adapters import Lora
 from mllm.types import Normalisation, Sample
 
 WIDTH, DEPTH = 24, 4

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
 from mllm.train import engine as engines
-from mllm.train.fsdp import TAKEN
+from mllm.train.engines.fsdp import TAKEN
 
 CONFIGS = Path(__file__).parents[2] / "deepspeed_configs"
 

@@ -23,7 +23,7 @@ from mllm.data.held_out import index_held_out
 from mllm.data.index import build_index
 from mllm.data.loader import DataConfig
 from mllm.models.multimodal import MultimodalLM
-from mllm.train import zero
+from mllm.train.engines import zero
 from mllm.train.loop import fit
 from mllm.train.route import make_plan
 from mllm.train.settings import TrainConfig

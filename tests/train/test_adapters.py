@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 
 from conftest import make_model, make_processor, write_llava
 from mllm.models.multimodal import MultimodalLM
-from mllm.train.adapters import Lora, merge_lora
 from mllm.train.losses import NextToken
 from mllm.train.settings import TrainConfig
 from mllm.train.stage_folder import load_stage, save_stage
 from mllm.train.trainable import LearningRates, choose_trainable, trained_weights
+from mllm.train.tuning.adapters import Lora, merge_lora
 from runs import on_two_ranks, run, settings, start_engine, weights
 
 ALL_RATES = LearningRates(connector=1e-2, llm=1e-2, vision_encoder=1e-2)

@@ -20,11 +20,11 @@ from mllm.models.multimodal import MultimodalLM
 from mllm.reload import check_reload, compare, probe
 from mllm.stage import check_written, close_stage
 from mllm.train import checkpoint
-from mllm.train.adapters import Lora
 from mllm.train.audit import fingerprint, held
 from mllm.train.settings import TrainConfig
 from mllm.train.stage_folder import save_stage
 from mllm.train.trainable import LearningRates, choose_trainable
+from mllm.train.tuning.adapters import Lora
 from runs import LORA, on_two_ranks, run, settings
 
 ALL = {"learning_rate": LearningRates(connector=1e-2, llm=1e-3, vision_encoder=1e-3)}

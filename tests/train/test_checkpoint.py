@@ -16,10 +16,10 @@ from conftest import make_model, make_processor, write_llava
 from mllm.data.planning import windows
 from mllm.models.connectors import LinearConnector, QFormerConnector
 from mllm.models.multimodal import MultimodalLM
-from mllm.train import durable
 from mllm.train.checkpoint import checkpoints, load_optimizer, load_weights, newest, save_checkpoint
-from mllm.train.durable import damage
-from mllm.train.retention import metric
+from mllm.train.saving import durable
+from mllm.train.saving.durable import damage
+from mllm.train.saving.retention import metric
 from mllm.train.settings import TrainConfig
 from mllm.train.stage_folder import FINISHED, load_stage, save_stage
 from mllm.train.trainable import LearningRates, Lora, choose_trainable, parameter_groups

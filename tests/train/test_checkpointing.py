@@ -13,11 +13,11 @@ from conftest import make_model, write_llava
 from mllm.config import parse, validate
 from mllm.models.connectors import QFormerConnector
 from mllm.models.multimodal import MultimodalLM
-from mllm.train.adapters import Lora
-from mllm.train.checkpointing import advice, checkpointed, switch_on
 from mllm.train.losses import NextToken
 from mllm.train.settings import TrainConfig
 from mllm.train.trainable import LearningRates, choose_trainable, set_mode
+from mllm.train.tuning.adapters import Lora
+from mllm.train.tuning.checkpointing import advice, checkpointed, switch_on
 from runs import metrics, run, settings, weights
 
 ALL = ["llm", "connector", "vision_encoder"]

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from mllm.train import durable
-from mllm.train.durable import MANIFEST, candidates, damage, heal, put_in_place, read_lines, remove, write_text
+from mllm.train.saving import durable
+from mllm.train.saving.durable import MANIFEST, candidates, damage, heal, put_in_place, read_lines, remove, write_text
 
 
 def written(folder: Path, words: str = "new") -> Path:

@@ -15,9 +15,9 @@ from mllm.data.collate import collate
 from mllm.data.packing import join
 from mllm.models.connectors import LinearConnector, PixelShuffleConnector, QFormerConnector
 from mllm.models.multimodal import MultimodalLM
-from mllm.train.flops import Cost, Work, cost_of, executed, linear_flops, needed, step_flops
+from mllm.train.forecasting.flops import Cost, Work, cost_of, executed, linear_flops, needed, step_flops
+from mllm.train.forecasting.peaks import known_peak, peak_flops
 from mllm.train.losses import NextToken, model_inputs
-from mllm.train.peaks import known_peak, peak_flops
 from mllm.train.trainable import LearningRates, Lora, choose_trainable
 from mllm.types import Batch
 

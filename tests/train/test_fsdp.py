@@ -19,7 +19,7 @@ from conftest import make_processor
 from engines import CONFIGS, config_that_shards_all, start
 from mllm.models.multimodal import MultimodalLM
 from mllm.train import engine as engines
-from mllm.train import fsdp
+from mllm.train.engines import fsdp
 from mllm.train.settings import TrainConfig
 from mllm.train.stage_folder import save_stage
 from mllm.train.trainable import LearningRates

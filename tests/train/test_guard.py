@@ -241,7 +241,7 @@ def train_case(data: Path, folder: Path, guard: GuardConfig, accelerator: Accele
 
 
 def whole_weights(model: MultimodalLM) -> dict[str, torch.Tensor]:
-    from mllm.train.shards import whole
+    from mllm.train.engines.shards import whole
 
     return whole({name: p for name, p in model.named_parameters() if p.requires_grad}, keep=True)
 

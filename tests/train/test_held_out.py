@@ -27,12 +27,12 @@ from mllm.data.packing import join
 from mllm.data.streams.batches import open_stream
 from mllm.models.multimodal import MultimodalLM
 from mllm.stage import start
-from mllm.train.gap import conclude, terms
 from mllm.train.held_out import HeldOut
 from mllm.train.loop import fit
 from mllm.train.losses import NextToken, model_inputs, num_supervised
 from mllm.train.route import make_plan
 from mllm.train.trainable import LearningRates, Lora
+from mllm.train.watching.gap import conclude, terms
 from mllm.types import Batch, Sample
 from runs import SEQ_LENGTH, chosen_model, metrics, on_two_ranks, run, settings, weights
 

@@ -21,19 +21,19 @@ from mllm.models.connectors import MLPConnector, QFormerConnector
 from mllm.models.multimodal import MultimodalLM
 from mllm.models.quantised import is_4bit, quantise
 from mllm.models.vision_encoder import VisionEncoder
-from mllm.train import zero
-from mllm.train.checkpointing import switch_on
 from mllm.train.engine import prepare
-from mllm.train.forecast import setup_of
-from mllm.train.levers import levers
+from mllm.train.engines import zero
+from mllm.train.forecasting.forecast import setup_of
+from mllm.train.forecasting.levers import levers
+from mllm.train.forecasting.live_memory import Tracker
+from mllm.train.forecasting.memory import Memory, predict
+from mllm.train.forecasting.probe import made_up
+from mllm.train.forecasting.shadow import Setup, Shape, scale_bytes
 from mllm.train.losses import NextToken
-from mllm.train.memory import Memory, predict
 from mllm.train.optimizer import make_optimizer
-from mllm.train.probe import made_up
-from mllm.train.shadow import Setup, Shape, scale_bytes
 from mllm.train.step import optimise
-from mllm.train.tracker import Tracker
 from mllm.train.trainable import LearningRates, Lora, choose_trainable, parameter_groups, set_mode
+from mllm.train.tuning.checkpointing import switch_on
 from mllm.types import Normalisation
 from runs import on_two_ranks, settings
 

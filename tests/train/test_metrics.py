@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from mllm.train.clock import MEASURED, Clock
-from mllm.train.flops import Cost
+from mllm.train.forecasting.flops import Cost
 from mllm.train.metrics import keep_before
-from mllm.train.picture import curves, draw_loss
-from mllm.train.screen import flat, sentence
+from mllm.train.watching.clock import MEASURED, Clock
+from mllm.train.watching.picture import curves, draw_loss
+from mllm.train.watching.screen import flat, sentence
 from runs import metrics, run, settings
 
 
@@ -58,9 +58,9 @@ def test_screen_tells_every_second_step_and_the_last_where_it_is_asked_to(
 
 def test_data_that_is_late_counts_as_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter([10.0, 13.0, 14.0])
-    monkeypatch.setattr("mllm.train.clock.time.perf_counter", lambda: next(now))
+    monkeypatch.setattr("mllm.train.watching.clock.time.perf_counter", lambda: next(now))
     clock = Clock(Cost(0, 0, 0, 7e9), peak=50e9)
-    monkeypatch.setattr("mllm.train.clock.step_flops", lambda cost, block: len(block) * cost.per_image)
+    monkeypatch.setattr("mllm.train.watching.clock.step_flops", lambda cost, block: len(block) * cost.per_image)
     assert clock.block(iter(["first", "second", "third"]), 2) == ["first", "second"]  # type: ignore[arg-type, comparison-overlap]
     told = clock.lap(200)
     assert (told["data_wait"], told["tokens_per_second"], told["mfu"]) == (0.75, 50.0, 0.07)
@@ -84,7 +84,7 @@ def test_cutting_the_file_leaves_the_old_one_if_it_cannot_be_done(
     def killed(number: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mllm.train.durable.os.fsync", killed)
+    monkeypatch.setattr("mllm.train.saving.durable.os.fsync", killed)
     with pytest.raises(KeyboardInterrupt):
         keep_before(path, 1)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'

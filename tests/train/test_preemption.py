@@ -16,7 +16,7 @@ from torch.multiprocessing import ProcessExitedException
 from mllm.train import loop
 from mllm.train.checkpoint import checkpoints
 from mllm.train.metrics import Metrics
-from mllm.train.preemption import EXIT_CODE
+from mllm.train.saving.preemption import EXIT_CODE
 from mllm.train.trainable import Lora
 from runs import LORA, metrics, on_two_ranks, run, settings, write_llava
 

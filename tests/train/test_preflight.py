@@ -16,10 +16,10 @@ from mllm.data.loader import DataConfig
 from mllm.data.plan import Plan
 from mllm.data.processor import Processor
 from mllm.data.streams.batches import look, open_stream
+from mllm.train.forecasting.supervision import check_supervised_share, mask_text
 from mllm.train.preflight import preflight
 from mllm.train.route import make_plan
 from mllm.train.settings import TrainConfig
-from mllm.train.supervision import check_supervised_share, mask_text
 from mllm.train.trainable import LearningRates, Lora, choose_trainable
 
 SEQ_LENGTH = 96

@@ -17,15 +17,15 @@ from mllm.data.index import Index, build_index
 from mllm.data.loader import DataConfig, PlannedBatches, Share
 from mllm.data.plan import Plan
 from mllm.data.streams.batches import look, open_stream
-from mllm.train import probe as room
-from mllm.train.forecast import Forecast, forecast
-from mllm.train.largest import largest
+from mllm.train.forecasting import probe as room
+from mllm.train.forecasting.forecast import Forecast, forecast
+from mllm.train.forecasting.largest import largest
+from mllm.train.forecasting.needs import refuse, warnings
+from mllm.train.forecasting.probe import Probe, made_up, probe
+from mllm.train.forecasting.shadow import Shape
 from mllm.train.losses import num_supervised
-from mllm.train.needs import refuse, warnings
-from mllm.train.probe import Probe, made_up, probe
 from mllm.train.route import make_plan
 from mllm.train.settings import TrainConfig
-from mllm.train.shadow import Shape
 from runs import LORA, SEQ_LENGTH, chosen_model, metrics, on_two_ranks, run, settings, weights
 
 SHAPE = Shape(rows=2, length=64, images=3, supervised=20)
@@ -97,7 +97,7 @@ def test_a_run_that_was_probed_has_the_losses_of_one_that_was_not(tmp_path: Path
 @pytest.mark.parametrize("rows", [1, 2, 4])
 def test_no_micro_batch_of_the_plan_is_larger_than_the_largest(tmp_path: Path, packing: bool, rows: int) -> None:
     """By the rough bytes that tell which is the heaviest."""
-    from mllm.train.largest import weight
+    from mllm.train.forecasting.largest import weight
 
     index, data = indexed(mixed(tmp_path))
     data.packing = packing

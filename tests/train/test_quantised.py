@@ -17,10 +17,10 @@ from mllm.generate import Assistant
 from mllm.models.build import ModelConfig, build_model
 from mllm.models.multimodal import MultimodalLM
 from mllm.models.quantised import dequantise, is_4bit, is_quantised, numel, quantise
-from mllm.train.adapters import Lora, merge_lora
 from mllm.train.settings import TrainConfig
 from mllm.train.stage_folder import load_stage, save_stage
 from mllm.train.trainable import LearningRates, choose_trainable, parts, trained_weights
+from mllm.train.tuning.adapters import Lora, merge_lora
 from mllm.types import Mark, Message, Sample
 from runs import LORA, on_two_ranks, run, settings, start_engine, weights
 

@@ -23,10 +23,10 @@ from mllm.models.attention import check_isolation
 from mllm.models.build import ModelConfig, build_model
 from mllm.models.multimodal import MultimodalLM
 from mllm.train import engine as engines
-from mllm.train import zero
+from mllm.train.engines import zero
+from mllm.train.engines.shards import whole
 from mllm.train.losses import NextToken
 from mllm.train.settings import TrainConfig
-from mllm.train.shards import whole
 from mllm.train.stage_folder import load_stage, save_stage, without_adapter
 from mllm.train.trainable import LearningRates, choose_trainable, parameter_groups
 from runs import LORA, assert_same_run, on_two_ranks, run, settings

@@ -14,10 +14,11 @@ import torch
 from accelerate import Accelerator
 
 from mllm.config import RunConfig, validate
-from mllm.stage import remove, start
-from mllm.train import trackers
-from mllm.train.screen import flat
-from mllm.train.trackers import Tracking, options, run_id
+from mllm.output import remove
+from mllm.stage import start
+from mllm.train.watching import trackers
+from mllm.train.watching.screen import flat
+from mllm.train.watching.trackers import Tracking, options, run_id
 from runs import on_two_ranks, run, settings, write_llava
 
 LOGGED = "tensorboard/mllm"

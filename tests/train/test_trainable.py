@@ -16,7 +16,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from conftest import make_model, write_llava
 from mllm.config import validate
 from mllm.models.multimodal import MultimodalLM
-from mllm.train.checkpointing import switch_on
 from mllm.train.losses import NextToken
 from mllm.train.preflight import parts_table
 from mllm.train.trainable import (
@@ -28,6 +27,7 @@ from mllm.train.trainable import (
     set_mode,
     trained_weights,
 )
+from mllm.train.tuning.checkpointing import switch_on
 from runs import LORA, chosen_model, metrics, run, settings, weights
 
 ALL = ("connector", "llm", "vision_encoder")

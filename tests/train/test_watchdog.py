@@ -22,8 +22,8 @@ from engines import start
 from hanging import launch_with
 from mllm.data.loader import PlannedBatches
 from mllm.train.losses import NextToken
-from mllm.train.waits import Seen, Standing, sentence, suspects
 from mllm.train.watchdog import EXIT_CODE, RankStopped
+from mllm.train.watching.waits import Seen, Standing, sentence, suspects
 from runs import as_rank, metrics, run, settings, write_llava
 
 BAD = {0: "r7", 1: "r4"}

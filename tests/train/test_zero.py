@@ -20,7 +20,7 @@ from conftest import make_processor
 from engines import CONFIGS, config_that_shards_all, start
 from mllm.models.multimodal import MultimodalLM
 from mllm.train import engine as engines
-from mllm.train import zero
+from mllm.train.engines import zero
 from mllm.train.settings import TrainConfig
 from mllm.train.stage_folder import save_stage
 from mllm.train.trainable import LearningRates

@@ -18,18 +18,19 @@ from mllm.data.processor import Processor
 from mllm.data.streams.batches import Look
 from mllm.data.streams.plan import StreamPlan
 from mllm.models.multimodal import MultimodalLM
-from mllm.train import engine, zero
-from mllm.train.checkpointing import switch_on
-from mllm.train.clock import peak_of
-from mllm.train.flops import cost_of, executed
-from mllm.train.largest import largest
-from mllm.train.levers import Lever, levers
-from mllm.train.memory import Memory, predict
-from mllm.train.probe import Probe, made_up, probe
-from mllm.train.room import checkpoint_bytes, disk_free, memory_for, stage_bytes
+from mllm.train import engine
+from mllm.train.engines import zero
+from mllm.train.forecasting.flops import cost_of, executed
+from mllm.train.forecasting.largest import largest
+from mllm.train.forecasting.levers import Lever, levers
+from mllm.train.forecasting.memory import Memory, predict
+from mllm.train.forecasting.probe import Probe, made_up, probe
+from mllm.train.forecasting.room import checkpoint_bytes, disk_free, memory_for, stage_bytes
+from mllm.train.forecasting.shadow import Setup, Shape
 from mllm.train.settings import TrainConfig
-from mllm.train.shadow import Setup, Shape
 from mllm.train.trainable import set_mode
+from mllm.train.tuning.checkpointing import switch_on
+from mllm.train.watching.clock import peak_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

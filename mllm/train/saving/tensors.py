@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from mllm.models.deferred import defer, from_file
-from mllm.train.durable import sync
+from mllm.train.saving.durable import sync
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path, is_main: bool = True) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator
 
-from mllm.train import durable
+from mllm.train.saving import durable
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

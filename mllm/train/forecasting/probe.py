@@ -20,9 +20,9 @@ from torch import nn
 
 from mllm.models.connectors.qformer import LONGEST
 from mllm.models.multimodal import MultimodalLM
+from mllm.train.forecasting.live_memory import Tracker
+from mllm.train.forecasting.shadow import Shape
 from mllm.train.losses import NextToken, model_inputs
-from mllm.train.shadow import Shape
-from mllm.train.tracker import Tracker
 from mllm.types import IGNORE_INDEX, Batch
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from mllm.data.plan import SHOWN_WINDOWS, Plan
 from mllm.data.streams.batches import Look
 from mllm.data.streams.plan import StreamPlan
 from mllm.models.multimodal import MultimodalLM
-from mllm.train.shadow import Shape
+from mllm.train.forecasting.shadow import Shape
 
 Rows = list[list[int]]
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from mllm.models.multimodal import MultimodalLM
-from mllm.train.flops import Cost, cost_of, step_flops
-from mllm.train.peaks import peak_flops
+from mllm.train.forecasting.flops import Cost, cost_of, step_flops
+from mllm.train.forecasting.peaks import peak_flops
 from mllm.types import Batch
 
 MEASURED = ("seconds", "tokens_per_second", "data_wait", "mfu", "peak_memory")

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mllm.train import durable
+from mllm.train.saving import durable
 
 KEEP = 2
 """Checkpoints kept: the newest, and one more in case the disk spoils it."""

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mllm.train.forecast import Forecast
+from mllm.train.forecasting.forecast import Forecast
 
 
 def tell(console: Console, forecast: Forecast, whole: bool = False) -> None:

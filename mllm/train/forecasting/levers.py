@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from mllm.models.multimodal import MultimodalLM
-from mllm.train.checkpointing import switch_on
-from mllm.train.memory import Memory, moment_bytes, predict
-from mllm.train.shadow import Setup, Shape, size
+from mllm.train.forecasting.memory import Memory, moment_bytes, predict
+from mllm.train.forecasting.shadow import Setup, Shape, size
 from mllm.train.trainable import set_mode
+from mllm.train.tuning.checkpointing import switch_on
 
 BUCKET = 50_000_000
 """Numbers in a bucket, as the files in deepspeed_configs/ have it."""

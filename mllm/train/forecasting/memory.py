@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from mllm.models.multimodal import MultimodalLM
-from mllm.train.shadow import Setup, Shape, batch_without_data, held_as, size, trace
+from mllm.train.forecasting.shadow import Setup, Shape, batch_without_data, held_as, size, trace
 
 STANDING = ("weights", "gathered weights", "moments", "buckets", "batches", "feature cache")
 PARTS = (*STANDING, "gradients", "encoder", "activations", "logits and loss", "temporaries")

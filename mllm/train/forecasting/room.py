@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from mllm.models.multimodal import MultimodalLM
-from mllm.train.memory import moment_bytes, trained_bytes
-from mllm.train.shadow import size
+from mllm.train.forecasting.memory import moment_bytes, trained_bytes
+from mllm.train.forecasting.shadow import size
 from mllm.train.stage_folder import without_adapter
 
 USABLE = 0.92

@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 from mllm.models.connectors.qformer import LONGEST
 from mllm.models.multimodal import MultimodalLM
 from mllm.models.quantised import is_4bit
-from mllm.train.tracker import Tracker
+from mllm.train.forecasting.live_memory import Tracker
 
 
 @dataclass(frozen=True)
