@@ -6,9 +6,11 @@ is to be compared by: its trace of losses, the samples of each step, its weights
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
+import re
 import signal
 import time
 import traceback
@@ -23,10 +25,24 @@ from safetensors.torch import load_file
 
 from mllm.train import loop
 from mllm.train.checkpoint import checkpoints
-from mllm.train.saving.durable import REPLACED, UNFINISHED, damage, read_lines
+from mllm.train.saving.durable import MANIFEST, REPLACED, UNFINISHED, damage, read_lines
 
 Ids = dict[int, list[str]]
 """The samples of each step, sorted."""
+TOLD = (
+    "kills",
+    "kills during a save",
+    "told to go",
+    "resumes",
+    "traces compared",
+    "steps compared",
+    "samples repeated",
+    "samples lost",
+    "checkpoints spoilt",
+    "spoilt checkpoints passed over",
+    "half files under a whole name",
+)
+"""What a campaign counts."""
 
 
 class Running(Protocol):
@@ -95,7 +111,7 @@ class Campaign:
     """One run, over all its deaths."""
 
     out: Path
-    """Its stage folder."""
+    """Its stage folder; what the run prints stands beside it, in `said`."""
     records: Path
     start: Callable[[str], Running]
     """Starts it, or goes on with it; gets the place for the notes of this attempt."""
@@ -104,21 +120,27 @@ class Campaign:
 
     def __post_init__(self) -> None:
         self.draw = random.Random(self.seed)
+        self.members: list[int] = []
+        """Processes of the present attempt, as far as they are known."""
+        self.spoilt: set[str] = set()
+        """Checkpoints of which a bit was changed."""
         self.records.mkdir(parents=True)
 
     def attempt(self) -> Running:
         self.counts["resumes" if self.counts["starts"] else "first starts"] += 1
         self.counts["starts"] += 1
+        self.members = []
         return self.start(str(self.records / f"{self.counts['starts']:03}"))
 
     def killed(self, moment: Callable[[Running], bool]) -> None:
         """Start, and `kill -9` everything at that moment; nothing that looks whole may be half."""
         run = self.attempt()
         assert moment(run), f"the run ended with {run.poll()} before it could be killed"
-        kill(run)
+        kill(run, self.members)
         self.counts["kills"] += 1
         self.counts["kills during a save"] += bool(unfinished(self.out))
-        self.counts["half files under a whole name"] += sum(bool(damage(path)) for path in checkpoints(self.out))
+        whole = [path for path in checkpoints(self.out) if str(path) not in self.spoilt]
+        self.counts["half files under a whole name"] += sum(bool(damage(path)) for path in whole)
 
     def told_to_go(self, moment: Callable[[Running], bool]) -> int:
         """Start, and send SIGTERM to the launcher at that moment; all that ran has ended when this is left."""
@@ -132,6 +154,17 @@ class Campaign:
         self.counts["told to go"] += 1
         return code
 
+    def spoil(self) -> None:
+        """Change a bit of the newest checkpoint. There must be another one."""
+        assert len(checkpoints(self.out)) > 1
+        newest = checkpoints(self.out)[-1]
+        file = self.draw.choice(sorted(path for path in newest.iterdir() if path.name != MANIFEST))
+        spoilt = bytearray(file.read_bytes())
+        spoilt[self.draw.randrange(len(spoilt))] ^= 1 << self.draw.randrange(8)
+        file.write_bytes(spoilt)
+        self.spoilt.add(str(newest))
+        self.counts["checkpoints spoilt"] += 1
+
     def to_the_end(self) -> None:
         assert self.attempt().wait() == 0
 
@@ -143,8 +176,10 @@ class Campaign:
 
     def in_a_save(self, run: Running) -> bool:
         """While the next checkpoint but a few is being written."""
-        found = self.steps_on(run, self.draw.randint(1, 3)) and until(run, lambda: bool(unfinished(self.out)))
-        return found and self.later(run, self.draw.uniform(0, 0.01))
+        if not self.steps_on(run, self.draw.randint(1, 3)):
+            return False
+        self.members = family(run.pid)  # to look for them takes longer than to save
+        return until(run, lambda: bool(unfinished(self.out))) and self.later(run, self.draw.uniform(0, 0.01))
 
     def at_the_start(self, run: Running) -> bool:
         """While it imports, builds, reads its data or its checkpoint."""
@@ -206,16 +241,24 @@ def unfinished(out: Path) -> list[Path]:
         return []
 
 
-def kill(run: Running) -> None:
-    """`kill -9` of a process and all that it started, also in sessions of their own."""
+def kill(run: Running, known: Iterable[int] = ()) -> None:
+    """`kill -9` of a process and all that it started, also in sessions of their own; those that are known stop at
+    once."""
+    for pid in known:
+        send(pid, signal.SIGSTOP)
     members = family(run.pid)
     for pid in members:
-        os.kill(pid, signal.SIGSTOP)  # nobody shall start another, or notice, meanwhile
+        send(pid, signal.SIGSTOP)  # nobody shall start another, or notice, meanwhile
     for pid in {*members, *family(run.pid)}:
-        os.kill(pid, signal.SIGKILL)
+        send(pid, signal.SIGKILL)
     run.wait()
     while any(map(alive, members)):
         time.sleep(0.002)
+
+
+def send(pid: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
+        os.kill(pid, number)
 
 
 def family(pid: int) -> list[int]:
@@ -259,17 +302,36 @@ def repeated_and_lost(found: Iterable[list[str]], whole: Iterable[list[str]]) ->
     return (ours - theirs).total(), (theirs - ours).total()
 
 
+def told(name: str, counts: Counter[str]) -> str:
+    """One line of all counts, zeros too."""
+    return f"{name}: " + ", ".join(f"{what} {counts[what]}" for what in TOLD)
+
+
+def assert_passed_over(campaign: Campaign) -> None:
+    """Each checkpoint that was spoilt was named when the run resumed, and no other; counted."""
+    said = (campaign.out.parent / "said").read_text(errors="replace")
+    named = set(re.findall(r"checkpoint (\S+) is passed over", said))
+    assert named == campaign.spoilt
+    campaign.counts["spoilt checkpoints passed over"] += len(named)
+
+
+def assert_same_samples(campaign: Campaign, whole: Campaign) -> None:
+    """Each step learned from the samples that it has in the run that was never killed; counted."""
+    repeated, lost = repeated_and_lost(campaign.samples().values(), whole.samples().values())
+    campaign.counts["samples repeated"] += repeated
+    campaign.counts["samples lost"] += lost
+    campaign.counts["traces compared"] += 1
+    campaign.counts["steps compared"] += len(trace(whole.out))
+    assert (repeated, lost) == (0, 0)
+    assert campaign.samples() == whole.samples()
+
+
 def assert_same(campaign: Campaign, whole: Campaign) -> None:
-    """Bit for bit the run that was never killed; counted."""
+    """Bit for bit the run that was never killed, and nothing half or spoilt was taken for whole; counted."""
     assert trace(campaign.out) == trace(whole.out)
     ours, theirs = weights(campaign.out), weights(whole.out)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert campaign.samples() == whole.samples()
-    campaign.counts["traces compared"] += 1
-    campaign.counts["steps compared"] += len(trace(whole.out))
-    repeated, lost = repeated_and_lost(campaign.samples().values(), whole.samples().values())
-    campaign.counts["samples repeated"] += repeated
-    campaign.counts["samples lost"] += lost
-    for wrong in ("samples repeated", "samples lost", "half files under a whole name"):
-        assert campaign.counts[wrong] == 0, wrong
+    assert_same_samples(campaign, whole)
+    assert_passed_over(campaign)
+    assert campaign.counts["half files under a whole name"] == 0
