@@ -45,6 +45,7 @@ from mllm.train.ledger import Quarantine
 from mllm.train.preflight import numbers, preflight
 from mllm.train.route import deal, make_plan, num_steps
 from mllm.train.saving import durable
+from mllm.train.saving.preemption import to_the_end
 from mllm.train.stage_folder import FINISHED, needs_weights, save_stage
 from mllm.train.tuning import checkpointing
 from mllm.train.watchdog import RankStopped
@@ -199,6 +200,7 @@ def open_stage(accelerator: Accelerator, config: RunConfig, index: Index | Strea
         )
 
 
+@to_the_end()
 def close_stage(accelerator: Accelerator, config: RunConfig, model: MultimodalLM, processor: Processor) -> None:
     """Write the stage folder."""
     is_main = accelerator.is_main_process

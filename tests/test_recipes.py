@@ -6,6 +6,7 @@ import json
 import os
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +19,8 @@ import yaml
 from accelerate.state import AcceleratorState, GradientState
 
 from conftest import make_clip, make_llm, make_processor, make_tokenizer, write_llava
+from killing import Forked
+from mllm import stage as rooms
 from mllm.config import RunConfig, dump_config, load_config
 from mllm.data.formats.llava import LlavaSource
 from mllm.generate import Assistant
@@ -134,6 +137,29 @@ def test_two_stages_leave_whole_folders_and_finite_losses(trained: Path) -> None
         }
         assert [line["step"] for line in lines(trained / stage)] == list(range(1, steps + 1))
         assert all(torch.isfinite(torch.tensor(line["loss"])) for line in lines(trained / stage))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_run_that_is_told_to_go_while_it_writes_its_stage_ends_whole(
+    hub: Path, llava_folder: Callable[..., Path], tmp_path: Path, number: signal.Signals
+) -> None:
+    config = write_config(tmp_path, hub, llava_folder(8), "align")
+
+    def told(*arguments: Any) -> None:
+        os.kill(os.getpid(), number)
+        save_stage(*arguments)
+        os.kill(os.getpid(), number)
+        # what the audit starts is in the group that a scheduler signals
+        assert subprocess.run(["sh", "-c", f"kill -{number.value} $$"], check=False).returncode == 0
+
+    def begin() -> None:
+        rooms.save_stage = told  # type: ignore[assignment]  # in a forked process, which ends
+        sys.exit(in_process("pretrain", "--config", config))
+
+    code = Forked(begin, tmp_path / "said").wait()
+    assert code == 0, (tmp_path / "said").read_text()
+    assert (tmp_path / "align" / "connector.safetensors").is_file()
+    assert json.loads((tmp_path / "align" / "audit.json").read_text())["ok"]
 
 
 def test_stage_config_is_the_merged_one_and_loads_again(trained: Path) -> None:

@@ -2,15 +2,18 @@
 
 Enters: SIGTERM (a scheduler takes the machine back, `torchrun` or a user stops the run), SIGUSR1 (as SLURM's
 `--signal` warns), or the end of the launcher. Leaves: the same answer on every rank after each step; at the end exit
-code 143, from which a job script knows that the same command goes on.
+code 143, from which a job script knows that the same command goes on. A run with all its steps behind it is not told to
+go: it writes its stage, and ends with 0.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
@@ -28,7 +31,7 @@ LAUNCHED = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")
 
 
 class Preemption:
-    """A context: inside it the signals are heard and not obeyed."""
+    """A context: inside it, and until `leave`, the signals are heard and not obeyed."""
 
     def __init__(self, accelerator: Accelerator, last_step: int) -> None:
         self.accelerator, self.last_step = accelerator, last_step
@@ -57,9 +60,10 @@ class Preemption:
         return self.step is not None
 
     def leave(self, folder: Path) -> None:
-        """End the process, if the run was stopped; after all ranks are done. It goes already: a launcher that sees the
+        """After all ranks are done. End the process, if the run was stopped. It goes already: a launcher that sees the
         first rank go, and tells the others to, shall not make another end of theirs."""
         if self.step is None:
+            self.restore()
             return
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
@@ -71,9 +75,27 @@ class Preemption:
             )
         sys.exit(EXIT_CODE)
 
+    def restore(self) -> None:
+        """From now on the signals mean what they meant before."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.step is None:
-            for number, handler in self.before.items():
-                signal.signal(number, handler)
+        if error is not None and self.step is None:
+            self.restore()
+
+
+@contextlib.contextmanager
+def to_the_end() -> Iterator[None]:
+    """What is begun inside is finished: the signals are ignored, also by the processes that are started there."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
