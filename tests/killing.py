@@ -181,6 +181,10 @@ class Campaign:
         self.members = family(run.pid)  # to look for them takes longer than to save
         return until(run, lambda: bool(unfinished(self.out))) and self.later(run, self.draw.uniform(0, 0.01))
 
+    def two_saves_on(self, run: Running) -> bool:
+        """In one of the steps after the next two checkpoints, of which there is one every two steps."""
+        return self.steps_on(run, 5)
+
     def at_the_start(self, run: Running) -> bool:
         """While it imports, builds, reads its data or its checkpoint."""
         return self.later(run, self.draw.uniform(0.2, 6.0))

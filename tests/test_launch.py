@@ -27,6 +27,7 @@ SRUN = """#!/bin/bash
 while [[ $1 == --* ]]; do shift; done
 for machine in 0 1; do SLURM_NODEID=$machine "$@" & tasks+=($!); done
 trap 'kill -USR1 "${tasks[@]}"' USR1
+trap 'kill -TERM "${tasks[@]}"' TERM
 highest=0
 for task in "${tasks[@]}"; do
     while :; do wait "$task"; code=$?; kill -0 "$task" 2>/dev/null || break; done
@@ -38,6 +39,25 @@ SCONTROL = """#!/bin/bash
 [ "$1" = show ] && echo 127.0.0.1
 [ "$1" = requeue ] && echo "$2" >> "$REQUEUED"
 exit 0
+"""
+LAUNCHER = """#!/bin/bash
+# as torchrun does it: SIGUSR1 is not handled, SIGTERM goes on to the process, and one that fails is a failure
+while [[ $1 != *.py ]]; do shift; done
+python "$PROCESS" "$@" & process=$!
+trap 'kill -TERM "$process"' TERM
+while :; do wait "$process"; code=$?; kill -0 "$process" 2>/dev/null || break; done
+exit $((code > 0))
+"""
+PROCESS = """
+import os, signal, sys, time
+time.sleep(1)  # imports, while which it listens to nothing
+def leave(*told):
+    open(os.environ['SAVED'], 'a').write('saved ')
+    sys.exit(143)
+for number in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, leave)
+open(os.environ['TRAINS'], 'a').close()
+time.sleep(60)
 """
 
 pytestmark = pytest.mark.recipe
@@ -134,6 +154,29 @@ def test_slurm_script_is_bash_and_asks_for_what_its_comments_say() -> None:
     assert "#SBATCH --requeue" in SLURM.read_text()
 
 
+@pytest.mark.parametrize("moment", ["while it imports", "while it trains"])
+@pytest.mark.parametrize(("number", "hears"), [("USR1", "task"), ("USR1", "all"), ("TERM", "task")])
+def test_warned_slurm_job_lets_its_processes_save_and_queues_itself_again(
+    tmp_path: Path, number: str, hears: str, moment: str
+) -> None:
+    """With a launcher and a process that do nothing else. SLURM signals the task alone, or all that it started."""
+    environment_ = slurm(tmp_path, "accelerate_cpu_fsdp2")
+    (tmp_path / "bin" / "accelerate").write_text(LAUNCHER)
+    (tmp_path / "bin" / "accelerate").chmod(0o755)
+    (tmp_path / "process.py").write_text(PROCESS)
+    files = {"PROCESS": tmp_path / "process.py", "SAVED": tmp_path / "saved", "TRAINS": tmp_path / "trains"}
+    environment_.update({name: str(path) for name, path in files.items()})
+    job = subprocess.Popen(["bash", str(SLURM), "recipes/pretrain.py"], cwd=ROOT, env=environment_, text=True)
+    wait_for(lambda: len(running(job.pid)) >= 8 and (moment == "while it imports" or files["TRAINS"].exists()), job)
+    (srun,) = children(job.pid)
+    told = running(srun)[1:] if hears == "all" else children(srun)
+    for process in told:
+        os.kill(process, getattr(signal, f"SIG{number}"))
+    assert job.wait(timeout=60) == 143
+    assert files["SAVED"].read_text().split() == ["saved", "saved"]
+    assert (tmp_path / "requeued").read_text().split() == [environment_["SLURM_JOB_ID"]]
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "launch").glob("*.yaml")), ids=lambda path: path.stem)
 def test_recipe_of_two_machines_starts_each_machines_own_processes(path: Path) -> None:
     recipe = yaml.safe_load(path.read_text())
@@ -191,7 +234,10 @@ def test_recipe_of_two_machines_trains_on_two_launchers_as_one_process_does(
 
 
 @pytest.mark.long
-def test_warned_slurm_job_writes_a_checkpoint_queues_itself_again_and_goes_on(hub: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_warned_slurm_job_writes_a_checkpoint_queues_itself_again_and_goes_on(
+    hub: Path, tmp_path: Path, number: signal.Signals
+) -> None:
     config = write_config(tmp_path, hub, write_llava(tmp_path, 8), steps=60, save_every=1000)
     command = ["bash", str(SLURM), "recipes/pretrain.py", "--config", str(config)]
     environment_ = slurm(tmp_path, "accelerate_cpu_fsdp2")
@@ -200,7 +246,7 @@ def test_warned_slurm_job_writes_a_checkpoint_queues_itself_again_and_goes_on(hu
     )
     wait_for(lambda: (tmp_path / "several" / "metrics.jsonl").exists(), job)
     for srun in children(job.pid):
-        os.kill(srun, signal.SIGUSR1)
+        os.kill(srun, number)
     said, _ = job.communicate(timeout=280)
     assert job.returncode == 143, said[-3000:]
     assert (tmp_path / "requeued").read_text().split() == [environment_["SLURM_JOB_ID"]]
@@ -242,7 +288,12 @@ def wait_for(happened: Any, job: subprocess.Popen[str]) -> None:
         time.sleep(0.05)
 
 
+def running(process: int) -> list[int]:
+    """A process and all below it."""
+    return [process, *(below for child in children(process) for below in running(child))]
+
+
 def children(process: int) -> list[int]:
     """Of a process, the oldest first."""
-    listed = subprocess.run(["pgrep", "--parent", str(process)], capture_output=True, text=True, check=True)
+    listed = subprocess.run(["pgrep", "--parent", str(process)], capture_output=True, text=True, check=False)
     return sorted(map(int, listed.stdout.split()))

@@ -64,10 +64,15 @@ class Ledger:
         """Opened by the main process alone."""
         return Quarantine(self.folder)
 
-    def resume(self, accelerator: Accelerator, first_step: int) -> None:
+    def position(self) -> dict[str, int]:
+        """What a checkpoint keeps, beside the lines of the quarantine."""
+        return {"holes_in_a_row": self.in_a_row}
+
+    def resume(self, accelerator: Accelerator, first_step: int, position: dict[str, Any] | None) -> None:
         """Remember what the steps before `first_step` met; a stream's position has told its tally."""
         from accelerate.utils import broadcast_object_list
 
+        self.in_a_row = (position or {}).get("holes_in_a_row", 0)
         if self.tally.streamed:
             return
         found: list[dict[str, str]] = [{}]

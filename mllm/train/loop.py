@@ -27,7 +27,7 @@ from mllm.models.feature_cache import FeatureCache
 from mllm.models.multimodal import MultimodalLM
 from mllm.train import engine
 from mllm.train.audit import Audit
-from mllm.train.checkpoint import load_optimizer, load_weights, save_checkpoint
+from mllm.train.checkpoint import load_optimizer, load_weights, newest_state, save_checkpoint
 from mllm.train.engines import zero
 from mllm.train.guard import Guard
 from mllm.train.halving import Room
@@ -84,7 +84,7 @@ def fit(
     if isinstance(index, Stream) and accelerator.is_main_process:
         index.tell = ledger.quarantine.add
     if resume:
-        ledger.resume(accelerator, first_step)
+        ledger.resume(accelerator, first_step, newest_state(train.output_dir, name)["position"])
         guard.resume(accelerator, first_step)
     watchdog = Watchdog(accelerator, train.output_dir, train.hang_seconds, train.hang_stop_seconds)
     micro_batches = batches(dataset, first_step, last_step, data.num_workers, watchdog.asked)
@@ -128,7 +128,8 @@ def fit(
             ledger.note(accelerator, block, plan, step)
             metrics.step(step + 1, {**numbers, "skipped": ledger.tally.holes.total()})
             if preemption.stops(step + 1) or is_due(step + 1, train.save_every):
-                save(step + 1, position=plan.position(step + 1), metric=metric(metrics.lines))
+                position = {**plan.position(step + 1), **ledger.position()}
+                save(step + 1, position=position, metric=metric(metrics.lines))
                 audit.first_save(step + 1 - first_step)
             if preemption.step:
                 break

@@ -35,8 +35,12 @@ export NCCL_DEBUG=${NCCL_DEBUG:-WARN}               # INFO tells which network i
 export MLLM_MAIN_HOST=${MLLM_MAIN_HOST:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
 export MLLM_MAIN_PORT=$((20000 + SLURM_JOB_ID % 20000))
 
-# One machine's launcher. SLURM's warning (USR1) goes on to the training processes, which finish their step, write a
-# checkpoint and leave; the launcher itself must not be ended by it.
+# A launcher that is told to go grants its processes so many seconds for their checkpoint.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110}
+
+# One machine's launcher. SLURM sends its warnings (USR1 before the end, TERM where the job is pre-empted) to this task
+# and, as the site is set up, to all processes below it. The training processes must hear of it: they finish their step,
+# write a checkpoint and leave. The launcher must not end of it: torchrun dies of USR1, which it does not handle.
 one_machine() {
     (
         trap '' USR1
@@ -47,7 +51,7 @@ one_machine() {
     ) &
     launcher=$!
     warned=
-    trap 'warned=1; pkill -USR1 --parent "$launcher" -f "$1"' USR1
+    trap 'warned=1; warn "$launcher" "$1" &' USR1 TERM
     while :; do
         wait "$launcher"
         code=$?
@@ -56,7 +60,15 @@ one_machine() {
     [ -n "$warned" ] && [ "$code" -ne 0 ] && return 143
     return "$code"
 }
-export -f one_machine
+
+# Again and again: a process that still imports or builds ignores it.
+warn() {
+    while kill -0 "$1" 2>/dev/null; do
+        pkill -USR1 --parent "$1" -f "$2"
+        sleep 1
+    done
+}
+export -f one_machine warn
 export ENGINE GPUS
 
 srun --kill-on-bad-exit=1 bash -c 'one_machine "$@"' one_machine "$@" --resume

@@ -98,12 +98,12 @@ def never_killed(hub: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
 
 def test_twenty_kills_of_one_process(hub: Path, data: Path, tmp_path: Path, never_killed: Any) -> None:
     campaign = Stage(tmp_path / "run", hub, data, "one process", seed=1, steps=100).campaign
-    moments = [*[campaign.in_a_save] * 9, *[campaign.in_a_step] * 7, *[campaign.at_the_start] * 3]
+    moments = [*[campaign.in_a_save] * 9, *[campaign.in_a_step] * 5, *[campaign.at_the_start] * 3]
     campaign.draw.shuffle(moments)
-    for number, moment in enumerate([*moments, campaign.at_the_end]):
-        if number in (6, 12):
-            campaign.spoil()
+    for moment in [*moments[:6], campaign.two_saves_on, *moments[6:], campaign.two_saves_on, campaign.at_the_end]:
         campaign.killed(moment)
+        if moment == campaign.two_saves_on:
+            campaign.spoil()
     campaign.to_the_end()
     assert_same(campaign, never_killed("one process", steps=100))
     report("one process", campaign)
@@ -118,10 +118,10 @@ def test_kills_of_two_ranks(
     if launcher == "ZeRO-2":
         pytest.importorskip("deepspeed", reason="deepspeed is not installed: pip install 'mllm[deepspeed]'")
     campaign = Stage(tmp_path / "run", hub, data, launcher, seed=2, steps=40).campaign
-    for number in range(kills):
-        if number == kills - 1:
-            campaign.spoil()
+    for number in range(kills - 1):
         campaign.killed(campaign.in_a_step if number % 2 else campaign.in_a_save)
+    campaign.killed(campaign.two_saves_on)
+    campaign.spoil()
     campaign.to_the_end()
     assert_same(campaign, never_killed(launcher, steps=40))
     report(launcher, campaign)
@@ -155,7 +155,7 @@ def test_two_ranks_then_one_then_two_take_the_same_steps(
     campaign.killed(campaign.in_a_step)
     by_two = lines(campaign.out)
     stage.launcher = "one process"
-    campaign.killed(lambda run: campaign.steps_on(run, 5))  # a checkpoint of its own is among them
+    campaign.killed(campaign.two_saves_on)
     assert lines(campaign.out) > by_two
     stage.launcher = "two ranks"
     campaign.killed(campaign.in_a_save)

@@ -86,6 +86,22 @@ def test_many_holes_in_a_row_stop_the_run_whatever_share_is_allowed(
         run(data, settings(tmp_path / "out", steps=20), max_bad_share=1.0)
 
 
+def test_a_resumed_run_remembers_the_holes_in_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "IN_A_ROW", 25)
+    data = write_llava(tmp_path)
+    spoil_once_indexed(monkeypatch, *range(12))
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    with pytest.raises(ValueError, match="25 samples one after the other") as ended:
+        run(data, settings(whole, steps=20), max_bad_share=1.0)
+    write_llava(tmp_path)
+    run(data, settings(cut, steps=2, save_every=1), max_bad_share=1.0)
+    write_llava(tmp_path)
+    with pytest.raises(ValueError, match="25 samples one after the other") as ended_later:
+        run(data, settings(cut, steps=20), max_bad_share=1.0, resume=True)
+    assert metrics(cut, "step") == metrics(whole, "step")
+    assert str(ended_later.value) == str(ended.value).replace("whole", "cut")
+
+
 def test_a_good_sample_ends_the_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ledger, "IN_A_ROW", 15)
     data = write_llava(tmp_path)
