@@ -8,6 +8,9 @@ Four colour-shape pairs are held out strictly: no training picture, caption, que
 `plain` split; every `compositional` picture does. A model that answers there has learned colours and shapes, not pairs.
 
     python data_scripts/make_tiny.py --out runs/tiny/data
+
+With `--images-per-question 3` also `train_3.json` and `plain_3.json`: questions about one of three pictures, each of
+one shape ("What colour is the shape in image 2?"). Beside them only `scenes.json` changes: it tells these pictures too.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from typing import Any
 import tyro
 from rich.progress import track
 
+from shapes.one_of_several import MOST_TOGETHER, ask_about, opening
 from shapes.questions import Asker, Question
 from shapes.scenes import ALL_PAIRS, HELD_OUT, TRAIN_PAIRS, Scene, draw_scene, paint
 from shapes.words import captions_of, phrases_of
@@ -119,6 +123,29 @@ def is_about_new(question: Question) -> bool:
     return question.kind == "count all" or any(thing.pair in HELD_OUT for thing in question.about)
 
 
+def make_several(folder: Folder, split: str, pictures: int, records: int, together: int) -> None:
+    """Questions about one of `together` pictures; `asked` in a record is the number, from 1, of the one to look at."""
+    rng = folder.rng(f"{split} {together}")
+    drawn: dict[str, Scene] = {}
+    for index in track(range(pictures), f"{split} pictures of one shape"):
+        scene = draw_scene(rng, TRAIN_PAIRS, most=1)
+        drawn[folder.add(f"{split}_one", index, scene, rng)] = scene
+    folder.write(
+        f"{split}_{together}.json",
+        [
+            {
+                "id": f"{split}-{together}-{number:05d}",
+                "image": paths,
+                "type": question.type,
+                "asked": asked,
+                "conversations": conversation(question, opening(together)),
+            }
+            for number in range(records)
+            for paths, asked, question in [ask_about(drawn, together, rng)]
+        ],
+    )
+
+
 def make_texts(folder: Folder, texts: int) -> None:
     rng = folder.rng("texts")
     asker = Asker(rng, TRAIN_PAIRS)
@@ -134,6 +161,7 @@ def main(
     train_questions: int = 4,
     held_out_questions: int = 5,
     seed: int = 0,
+    images_per_question: int = 1,
 ) -> None:
     """Draw the data set.
 
@@ -145,12 +173,18 @@ def main(
         train_questions: Questions, each a record, about a training picture.
         held_out_questions: Questions, each a record, about a held-out picture.
         seed: The same seed, the same files.
+        images_per_question: More than 1 (at most 4): also questions about one of so many pictures.
     """
+    if not 1 <= images_per_question <= MOST_TOGETHER:
+        raise ValueError(f"--images-per-question {images_per_question}: expected 1 to {MOST_TOGETHER}")
     folder = Folder(out, seed)
     make_train(folder, images, train_questions)
     for split in ("plain", "compositional"):
         make_held_out(folder, split, held_out_images, held_out_questions)
     make_texts(folder, texts)
+    if images_per_question > 1:
+        make_several(folder, "train", images // 3, 2 * images, images_per_question)
+        make_several(folder, "plain", held_out_images, 2 * held_out_images, images_per_question)
     folder.write("scenes.json", {path: [astuple(thing) for thing in scene] for path, scene in folder.scenes.items()})
     counts = {"images": images, "held_out_images": held_out_images, "texts": texts}
     folder.write("data.json", counts | {"held_out_pairs": sorted(HELD_OUT), "seed": seed})

@@ -124,3 +124,58 @@ def test_yes_and_no_are_balanced(data: Path, split: str) -> None:
 @pytest.mark.parametrize("split", ["plain", "compositional"])
 def test_every_type_of_question_is_asked(data: Path, split: str) -> None:
     assert {record["type"] for record in read(data / f"{split}.json")} == set(questions.TYPES)
+
+
+# ---------------------------------------------------------------- one of several pictures
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("several")
+    make_tiny.main(out, **SIZES, images_per_question=3)
+    return out
+
+
+def test_questions_about_several_pictures_leave_all_else_as_it_was(data: Path, several: Path) -> None:
+    before, after = files_of(data), files_of(several)
+    assert {name for name in before if after[name] != before[name]} == {"scenes.json"}
+    new = {name for name in set(after) - set(before) if "_one/" not in name}
+    assert new == {"train_3.json", "plain_3.json"}
+
+
+@pytest.mark.parametrize("split", ["train", "plain"])
+def test_answer_is_that_of_the_picture_with_the_asked_number_and_of_no_other(several: Path, split: str) -> None:
+    drawn, numbers = read(several / "scenes.json"), Counter()
+    for record in read(several / f"{split}_3.json"):
+        question, told = (turn["value"] for turn in record["conversations"])
+        opening = "image 1: <image>\nimage 2: <image>\nimage 3: <image>\n"
+        asked = re.fullmatch(
+            r"What (colour is the|kind of) shape (?:is )?in image (\d)\?", question.removeprefix(opening)
+        )
+        assert asked
+        attribute = "colour" if "colour" in asked[1] else "shape"
+        (things,) = zip(*[drawn[path] for path in record["image"]], strict=True)  # one thing a picture
+        answers = [getattr(scenes.Thing(*thing), attribute) for thing in things]
+        assert record["asked"] == int(asked[2])
+        assert record["type"] == attribute
+        assert told == answers[record["asked"] - 1]
+        assert len(set(answers)) == 3
+        numbers[record["asked"]] += 1
+    assert min(numbers.values()) > 0.2 * numbers.total()
+
+
+def test_held_out_pairs_stay_out_of_pictures_that_are_shown_together(several: Path) -> None:
+    things = [thing for split in ("train_one", "plain_one") for scene in scenes_of(several, split) for thing in scene]
+    assert len(things) == SIZES["images"] // 3 + SIZES["held_out_images"]
+    assert not {thing.pair for thing in things} & scenes.HELD_OUT
+
+
+@pytest.mark.parametrize("together", [0, 5])
+def test_numbers_of_pictures_that_cannot_all_differ_are_refused(tmp_path: Path, together: int) -> None:
+    with pytest.raises(ValueError, match="expected 1 to 4"):
+        make_tiny.main(tmp_path, **SIZES, images_per_question=together)
+
+
+def test_too_few_pictures_to_be_shown_together_are_an_error_in_words(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="draw more pictures"):
+        make_tiny.main(tmp_path, images=6, held_out_images=2, texts=1, images_per_question=3)

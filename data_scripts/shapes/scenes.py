@@ -66,12 +66,14 @@ ATTRIBUTES = ("size", "colour", "shape", "place")
 Scene = list[Thing]
 
 
-def draw_scene(rng: random.Random, pairs: frozenset[Pair], must_hold: frozenset[Pair] = frozenset()) -> Scene:
-    """One to three things of `pairs`, each in a quadrant of its own; the first is one of `must_hold`, if any.
+def draw_scene(
+    rng: random.Random, pairs: frozenset[Pair], must_hold: frozenset[Pair] = frozenset(), most: int = 3
+) -> Scene:
+    """One to `most` things of `pairs`, each in a quadrant of its own; the first is one of `must_hold`, if any.
 
     No two share a colour or a shape, so that "the circle" and "the red shape" are always clear.
     """
-    places = rng.sample(list(PLACES), rng.randint(1, 3))
+    places = rng.sample(list(PLACES), rng.randint(1, most))
     chosen: list[Pair] = []
     for _ in places:
         free = sorted(pair for pair in (pairs if chosen or not must_hold else must_hold) if not clashes(pair, chosen))
