@@ -10,8 +10,8 @@ demo: .venv/ready  ## train a multimodal LLM from nothing and talk to it: minute
 	$(BIN)/python recipes/tiny/demo.py
 
 test: export OMP_NUM_THREADS := 1
-test: .venv/ready lint  ## everything CI runs
-	$(BIN)/python -m pytest
+test: .venv/ready lint  ## everything CI runs, on two cores
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-long: export OMP_NUM_THREADS := 1
 test-long: .venv/ready  ## the campaigns: runs killed at random, hundreds of steps that must not hang
