@@ -93,7 +93,16 @@ def build_processor(config: RunConfig) -> Processor:
         data = config.data
         instruct = getattr(parts.connector, "instruct", False)
         return Processor.from_hub(
-            parts.llm, leading, visual_tokens, data.image_fit, data.keep_in_memory, data.jpeg_draft, instruct
+            parts.llm,
+            leading,
+            visual_tokens,
+            data.image_fit,
+            data.keep_in_memory,
+            data.jpeg_draft,
+            instruct,
+            data.image_markers,
+            data.tiles,
+            data.max_tiles,
         )
 
 

@@ -6,12 +6,14 @@ exactly the assistant's words and the end mark behind them are supervised.
 
 from __future__ import annotations
 
+import re
 import warnings
 from bisect import bisect_left, bisect_right
 from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from mllm.data.talk.answers import render_with_spans
+from mllm.data.talk.markers import without
 from mllm.data.talk.template import apply_template, known, on_the_same_day, special_tokens, words
 from mllm.types import IGNORE_INDEX, Message
 
@@ -58,9 +60,13 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], prompt: 
     return apply_template(tokenizer, [(message.role, words(message)) for message in messages], prompt)
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> tuple[list[int], list[int]]:
-    """`input_ids` and `labels` [T]: labels are the ids where the assistant speaks, `IGNORE_INDEX` elsewhere."""
+def encode(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], unsaid: re.Pattern[str] | None = None
+) -> tuple[list[int], list[int]]:
+    """`input_ids` and `labels` [T]: labels are the ids where the assistant speaks, `IGNORE_INDEX` elsewhere, and where
+    its words match `unsaid`."""
     text, spans = render_with_spans(tokenizer, messages)
+    spans = without(spans, text, unsaid) if unsaid else spans
     tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False)
     input_ids, offsets, added = tokens["input_ids"], tokens["offset_mapping"], known(tokenizer).added
     labels = [IGNORE_INDEX] * len(input_ids)

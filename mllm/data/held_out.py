@@ -1,8 +1,8 @@
 """The samples that are asked and never learned from, as batches with a second set of images: those of other samples.
 
 Enters: the index of what is held out. Leaves: the micro-batches of one rank, as many as of every other rank, each with
-the right images and with borrowed ones in the same slots. An image is as many tokens as any other, so that nothing
-else changes.
+the right images and with borrowed ones in the same slots: of images cut into tiles, of another one with as many, so
+that nothing else changes.
 
 N images, H W pixels.
 """
@@ -73,12 +73,19 @@ class HeldOutBatches(Dataset[Asked]):
         rows = pack(lengths, data.seq_length) if data.packing else [[number] for number in range(len(lengths))]
         rows += [[]] * (-len(rows) % (share.rows * share.world_size))
         self.items = list(share.micro_batches(rows))
-        self.lender = lenders([self.picture(number) for number in range(len(index))], SEED)
+        self.lender = lenders([self.picture(number) for number in range(len(index))], SEED, self.tiles(index))
 
     @property
     def num_changed(self) -> int:
         """Samples that can borrow other images."""
         return sum(number is not None for number in self.lender)
+
+    def tiles(self, index: Index) -> list[tuple[int, ...]]:
+        """Of each sample the tiles of each of its images: only who has the same can lend."""
+        tiling = self.examples.processor.tiling
+        of_size = tiling.number if tiling else lambda width, height: 1
+        sizes = (sides for sides in index.sizes.to_pylist())
+        return [tuple(map(of_size, sides[::2], sides[1::2])) for sides in sizes]
 
     def picture(self, number: int) -> Picture:
         """What is seen in a sample; nothing, where it cannot be read."""

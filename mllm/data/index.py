@@ -28,7 +28,7 @@ SHOWN = 5
 """Faults told in an error; the quarantine file names them all."""
 
 Numbers = np.ndarray
-COPIED = ("length", "supervised", "source", "weight", "shard", "start", "size", "row", "part")
+COPIED = ("length", "supervised", "tiles", "source", "weight", "shard", "start", "size", "row", "part")
 Tables = dict[tuple[int, int], pa.Table]
 """(source, shard) -> its lines, as `measure.SCHEMA` has them."""
 
@@ -47,6 +47,8 @@ class Index:
     """int32: tokens that carry a loss."""
     images: Numbers
     """int32: images."""
+    tiles: Numbers
+    """int32: what the encoder is handed for them; as many, unless images are cut into tiles."""
     source: Numbers
     """int16: number of the source."""
     group: Numbers

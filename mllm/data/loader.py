@@ -18,11 +18,13 @@ from torch.utils.data import Dataset
 
 from mllm.data.collate import collate
 from mllm.data.formats import SourceConfig
+from mllm.data.imaging.tiling import Tiles
 from mllm.data.index import Index
 from mllm.data.packing import join
 from mllm.data.plan import Plan
 from mllm.data.planning.mixture import MixtureConfig
 from mllm.data.processor import ImageFit, Processor
+from mllm.data.talk.markers import ImageMarkers
 from mllm.data.workers import read_ahead
 from mllm.schema import Fraction, NotNegativeInt, Positive, Schema
 from mllm.types import IGNORE_INDEX, Batch, Example, Fault, Sample
@@ -56,7 +58,16 @@ class DataConfig(Schema):
     packing: bool = True
     """Several samples a row, isolated from each other; without it, one sample a row, padded to the longest."""
     image_fit: ImageFit = "native"
-    """`native`: the encoder's own crop. `pad`: pad to a square with the mean colour first."""
+    """`native`: what the encoder's own image processor does. `pad`: pad to a square with the mean colour first.
+    `crop`: the square in the middle. `resize`: squeeze to a square."""
+    tiles: Tiles = "none"
+    """An image as several tiles with the whole picture beside them, each as many visual tokens as an image has:
+    `anyres` (LLaVA-NeXT's grids, aspect kept) or `dynamic` (InternVL, nearest aspect, squeezed)."""
+    max_tiles: Positive | None = None
+    """Of one image, the whole picture not counted: 12 for `dynamic`, LLaVA-NeXT's five grids of up to 4 for `anyres`,
+    where nothing is set."""
+    image_markers: ImageMarkers = "none"
+    """`numbered`: "(image 1: <Image>", the image, "</Image>)", counted over the conversation, as Mantis has it."""
     jpeg_draft: bool = False
     """Decode a JPEG of twice the needed size or more at a fraction of it: much faster, slightly other pixels."""
     num_workers: NotNegativeInt = 2
@@ -117,6 +128,7 @@ class Examples:
             return self.processor.example(sample, input_ids, labels, source)
         except ValueError as error:
             where = self.index.where(number)
+            kind = getattr(error, "kind", kind)
             fault = Fault(kind, self.index.id(number), where, str(error).removeprefix(f"{where}: "), number)
             return hole(fault, length, source, self.processor.pixels([]))
 

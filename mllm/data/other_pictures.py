@@ -33,15 +33,19 @@ def image_name(image: ImageSource) -> str:
     return f"an image in memory ({hashlib.sha256(pixels).hexdigest()[:16]})"
 
 
-def lenders(pictures: Sequence[Picture], seed: int) -> list[int | None]:
+def lenders(pictures: Sequence[Picture], seed: int, kinds: Sequence[tuple[int, ...]] | None = None) -> list[int | None]:
     """For each sample the number of one with another picture, drawn by `seed`; None where it has no image, or where no
-    other picture has as many.
+    other picture has as many; with `kinds`, which tell the tiles of each image, as many in each place.
 
     Samples that share a picture borrow the same other one, so that none can be handed its own.
     """
     lender: dict[Picture, int | None] = {(): None}
-    for count in sorted(set(map(len, pictures)) - {0}):
-        first = {picture: number for number, picture in reversed(list(enumerate(pictures))) if len(picture) == count}
+    kinds = [(1,) * len(picture) for picture in pictures] if kinds is None else kinds
+    own_kind = {picture: kind for picture, kind in zip(pictures, kinds, strict=True) if picture}
+    for kind in sorted(set(own_kind.values()), key=lambda kind: (len(kind), kind)):
+        first = {
+            picture: number for number, picture in reversed(list(enumerate(pictures))) if own_kind.get(picture) == kind
+        }
         distinct = sorted(first, key=first.__getitem__)
         random.Random(seed).shuffle(distinct)
         following = distinct[1:] + distinct[:1]  # a ring: none is its own next

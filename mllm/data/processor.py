@@ -2,14 +2,15 @@
 builder.
 
 Enters: a `Sample`. Leaves: an `Example`, `pixel_values` [n, 3, H, W] uint8 (the device normalises them), `input_ids`
-and `labels` [T] in which each image's placeholder is V slots wide. How many visual tokens an image becomes is told by
-the model side, from config alone.
+and `labels` [T] in which each image's placeholder is V slots wide, or V for each of its tiles. How many visual tokens
+an image or tile becomes is told by the model side, from config alone; how many tiles, by the image's header.
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,17 +18,19 @@ import torch
 from PIL import Image, ImageOps
 
 from mllm.data import chat
-from mllm.data.images import open_image
-from mllm.data.imaging.pixels import cheapest_way, least_side
+from mllm.data.images import image_size, open_image
+from mllm.data.imaging.pixels import as_bytes, cheapest_way, least_side, squared
+from mllm.data.imaging.tiling import Tiles, Tiling
+from mllm.data.talk.markers import NUMBERED, ImageMarkers, marked
 from mllm.image_processor import load_image_processor
-from mllm.types import IGNORE_INDEX, IMAGE_TOKEN, Example, ImageSource, Sample
+from mllm.types import IGNORE_INDEX, IMAGE_TOKEN, Example, ImageSource, Message, Sample
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-ImageFit = Literal["native", "pad"]
-FACTS = ("num_visual_tokens", "image_fit", "jpeg_draft", "instruct")
+ImageFit = Literal["native", "pad", "crop", "resize"]
+FACTS = ("num_visual_tokens", "image_fit", "jpeg_draft", "instruct", "image_markers", "tiles", "max_tiles")
 """What a saved processor holds beside its tokenizer and image processor."""
 LONGEST_INSTRUCTION = 128
 """Tokens of an instruction that a connector reads, the last ones: as many as InstructBLIP's released code."""
@@ -38,6 +41,14 @@ LARGEST_SIDE = 4096
 class TooLong(ValueError):
     """Nothing is left to learn of a sample that was cut."""
 
+    kind = "length"
+
+
+class Unreadable(ValueError):
+    """An image has no size, so that nobody can say how many tiles it becomes."""
+
+    kind = "image"
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -47,8 +58,10 @@ class Encoded:
     labels: list[int]
     images: int
     """So many of the sample's images stand in them, its first ones; those behind the cut are never opened."""
+    tiles: int
+    """What the encoder is handed for these images: one for each, or its tiles."""
     cut: int = 0
-    """Tokens that cutting took away."""
+    """Tokens that cutting took away; of an image behind the cut, as many as of one tile."""
 
 
 @dataclass
@@ -58,16 +71,23 @@ class Processor:
     tokenizer: PreTrainedTokenizerBase
     image_processor: Any
     num_visual_tokens: int
-    """V: slots that each image's placeholder becomes."""
+    """V: slots that each image's placeholder becomes, or each tile of it."""
     image_fit: ImageFit = "native"
     """`native`: what the encoder's own image processor does (CLIP: shortest edge, centre crop). `pad`: first pad to a
-    square with the mean colour, so that nothing is cut (LLaVA-1.5, second stage)."""
+    square with the mean colour, so that nothing is cut (LLaVA-1.5, second stage). `crop`: the square in its middle.
+    `resize`: squeezed to a square."""
     keep: bool = False
     """Keep the tokens of samples and the pixels of image files after the first time: for small sets seen many times."""
     jpeg_draft: bool = False
     """Decode JPEGs at least twice as large as needed at a fraction of their size: faster, slightly other pixels."""
     instruct: bool = False
     """Hand the words around each image to the connector too."""
+    image_markers: ImageMarkers = "none"
+    """`numbered`: words around each image that number it, see `talk/markers.py`."""
+    tiles: Tiles = "none"
+    """An image as several tiles, each of V visual tokens, see `imaging/tiling.py`."""
+    max_tiles: int | None = None
+    """Of one image, without the whole picture beside them."""
 
     def __post_init__(self) -> None:
         chat.ensure_template(self.tokenizer)
@@ -78,6 +98,42 @@ class Processor:
         self.image_token_id = self.tokenizer.get_vocab()[IMAGE_TOKEN]
         self.to_pixels, self.normalisation, self.pixel_shape = cheapest_way(self.image_processor)
         self.least_side = least_side(self.image_processor, self.pixel_shape)
+        self.tiling = self.choose_tiling()
+
+    def choose_tiling(self) -> Tiling | None:
+        """The policy, at the size that the encoder reads.
+
+        Raises:
+            ValueError: settings that contradict each other, or an image processor that does more than resize.
+        """
+        if self.tiles == "none" and self.max_tiles is not None:
+            raise ValueError(f"data.max_tiles {self.max_tiles} without data.tiles: set anyres or dynamic")
+        if self.tiles != "none" and self.image_fit != "native":
+            raise ValueError(f"data.image_fit {self.image_fit} with data.tiles {self.tiles}: tiles fit by themselves")
+        if self.tiles == "anyres" and self.max_tiles == 1:
+            raise ValueError("data.max_tiles 1 with data.tiles anyres, whose smallest grid has 2: raise it")
+        if self.normalisation is None and (self.tiles != "none" or self.image_fit in ("crop", "resize")):
+            raise ValueError(
+                f"{type(self.image_processor).__name__} does more than resize, crop and normalise: neither data.tiles "
+                f"nor data.image_fit crop or resize can take its place; choose another encoder"
+            )
+        resample = getattr(self.image_processor, "resample", None)
+        self.resample = Image.Resampling.BICUBIC if resample is None else resample
+        return None if self.tiles == "none" else Tiling(self.tiles, self.pixel_shape[1], self.max_tiles, self.resample)
+
+    @property
+    def tile_range(self) -> tuple[int, int]:
+        """The fewest and the most tiles that an image becomes."""
+        return self.tiling.range() if self.tiling else (1, 1)
+
+    def num_tiles(self, image: ImageSource) -> int:
+        """What the encoder is handed for an image: 1, or as many tiles as its header says."""
+        if self.tiling is None:
+            return 1
+        try:
+            return self.tiling.number(*image_size(image))
+        except ValueError as error:
+            raise Unreadable(str(error)) from error
 
     def __call__(self, sample: Sample, max_length: int | None = None) -> Example:
         """The sample with its labels, cut to `max_length` tokens (never through an image).
@@ -89,9 +145,17 @@ class Processor:
 
     def example(self, sample: Sample, input_ids: list[int], labels: list[int], source: int = 0) -> Example:
         """The sample's tokens with the pixels of those images that stand in them."""
-        images = sample.images[: input_ids.count(self.image_token_id) // self.num_visual_tokens]
-        pixels, words = self.pixels(images), self.instructions(sample)[: len(images)]
-        return Example(sample.id, input_ids, labels, pixels, sample.where, source, instructions=words)
+        missing = input_ids.count(self.image_token_id) // self.num_visual_tokens
+        shown: list[Tensor] = []
+        for image in sample.images:
+            if missing > 0:
+                shown.append(self.image_pixels(image))
+                missing -= len(shown[-1])
+        if missing:
+            raise ValueError(f"{sample.where or sample.id}: an image has another size than when its tiles were counted")
+        own = zip(self.instructions(sample), shown, strict=False)
+        words = [tokens for tokens, tiles in own for _ in range(len(tiles))]
+        return Example(sample.id, input_ids, labels, self.stacked(shown), sample.where, source, instructions=words)
 
     def tokens(self, sample: Sample, max_length: int | None = None) -> tuple[list[int], list[int]]:
         """What `encode` gives, or gave the last time if it is kept."""
@@ -113,21 +177,27 @@ class Processor:
         Raises:
             ValueError: placeholders and images differ; `TooLong`: nothing is left to learn.
         """
-        input_ids, labels = chat.encode(self.tokenizer, sample.messages)
+        unsaid = None if self.image_markers == "none" else NUMBERED
+        input_ids, labels = chat.encode(self.tokenizer, self.marked(sample), unsaid)
         places = self.check_placeholders(sample, input_ids)
         for place in places:  # an image in the assistant's own turn is shown, not said
             labels[place] = IGNORE_INDEX
-        input_ids, labels = self.expand(input_ids, places), self.expand(labels, places)
-        if max_length is None or len(input_ids) <= max_length:
-            return Encoded(input_ids, labels, len(places))
-        end, images = self.end(places, max_length)
-        self.check_cut(sample, len(input_ids), labels[:end], max_length)
-        return Encoded(input_ids[:end], labels[:end], images, len(input_ids) - end)
+        tiles, end = self.fitting(sample.images, places, max_length)
+        input_ids, labels = self.expand(input_ids, places, tiles), self.expand(labels, places, tiles)
+        if end is None or len(input_ids) <= end:
+            return Encoded(input_ids, labels, len(tiles), sum(tiles))
+        self.check_cut(sample, len(input_ids), labels[:end], max_length or end)
+        return Encoded(input_ids[:end], labels[:end], len(tiles), sum(tiles), len(input_ids) - end)
+
+    def marked(self, sample: Sample) -> list[Message]:
+        """The messages with what stands around their images."""
+        return sample.messages if self.image_markers == "none" else marked(sample.messages)
 
     def prompt(self, sample: Sample) -> Example:
         """The sample as a question: tokens up to where the assistant's next words begin, no labels."""
-        input_ids = chat.encode_prompt(self.tokenizer, sample.messages)
-        input_ids = self.expand(input_ids, self.check_placeholders(sample, input_ids))
+        input_ids = chat.encode_prompt(self.tokenizer, self.marked(sample))
+        places = self.check_placeholders(sample, input_ids)
+        input_ids = self.expand(input_ids, places, self.fitting(sample.images, places, None)[0])
         return self.example(sample, input_ids, [IGNORE_INDEX] * len(input_ids))
 
     def instructions(self, sample: Sample) -> list[list[int]]:
@@ -152,21 +222,32 @@ class Processor:
             )
         return places
 
-    def expand(self, values: list[int], places: list[int]) -> list[int]:
-        """Repeat V times each value that stands at a placeholder."""
+    def expand(self, values: list[int], places: list[int], tiles: list[int]) -> list[int]:
+        """Repeat each value that stands at a placeholder: V times for each tile, and for images that `tiles` does not
+        tell of, which are cut away, V times."""
         expanded, start = [], 0
-        for place in places:
+        for place, number in zip_longest(places, tiles, fillvalue=1):
             expanded += values[start:place]
-            expanded += values[place : place + 1] * self.num_visual_tokens
+            expanded += values[place : place + 1] * (number * self.num_visual_tokens)
             start = place + 1
         return expanded + values[start:]
 
-    def end(self, places: list[int], max_length: int) -> tuple[int, int]:
-        """How many tokens are kept of a sample that is too long, and how many images."""
-        added = self.num_visual_tokens - 1
-        starts = [place + number * added for number, place in enumerate(places)]
-        images = sum(start + added < max_length for start in starts)
-        return min([max_length, *starts[images : images + 1]]), images
+    def fitting(
+        self, images: list[ImageSource], places: list[int], max_length: int | None
+    ) -> tuple[list[int], int | None]:
+        """The tiles of each image that fits, and where to cut: at `max_length`, or in front of the first image that
+        does not fit. What stands behind the cut is not opened."""
+        tiles, added, end = list[int](), 0, float("inf") if max_length is None else max_length
+        for place, image in zip(places, images, strict=True):
+            start = place + added
+            if start + self.num_visual_tokens > end:
+                return tiles, min(start, int(end))
+            slots = self.num_tiles(image) * self.num_visual_tokens
+            if start + slots > end:
+                return tiles, start
+            tiles.append(slots // self.num_visual_tokens)
+            added += slots - 1
+        return tiles, max_length
 
     def check_cut(self, sample: Sample, length: int, labels: list[int], max_length: int) -> None:
         """Something must be left to learn."""
@@ -182,21 +263,36 @@ class Processor:
         raise TooLong(f"{where}: {length} tokens cut to {max_length} leave nothing to learn: raise data.seq_length")
 
     def pixels(self, images: list[ImageSource]) -> Tensor:
-        """[n, 3, H, W] uint8, or float32 where `normalisation` is None; n may be 0."""
-        if not images:
+        """[n, 3, H, W] uint8, or float32 where `normalisation` is None; n tiles of all images, may be 0."""
+        return self.stacked([self.image_pixels(image) for image in images])
+
+    def stacked(self, shown: list[Tensor]) -> Tensor:
+        """[n_i, 3, H, W] of each image -> [n, 3, H, W]."""
+        if not shown:
             return torch.empty(0, *self.pixel_shape, dtype=torch.uint8 if self.normalisation else torch.float32)
-        pixels = [self.image_pixels(image) for image in images]
-        return torch.cat(pixels) if len(pixels) > 1 else pixels[0]
+        return torch.cat(shown) if len(shown) > 1 else shown[0]
 
     def image_pixels(self, image: ImageSource) -> Tensor:
-        """[1, 3, H, W], opened and processed, or kept from the last time."""
+        """[tiles, 3, H, W], opened and processed, or kept from the last time."""
         name = str(image) if isinstance(image, str | Path) else ""
         if name in self.kept_pixels:
             return self.kept_pixels[name]
-        pixels = self.to_pixels(self.fit(open_image(image, self.least_side if self.jpeg_draft else None)))
+        pixels = self.made(image)
         if name and self.keep:
             self.kept_pixels[name] = pixels
         return pixels
+
+    def made(self, image: ImageSource) -> Tensor:
+        """[tiles, 3, H, W], opened and processed."""
+        if self.tiling:  # by the size that the header tells, as they were counted, however large it is decoded
+            grid = self.tiling.grid(*image_size(image))
+            least = max(self.least_side, max(grid) * self.tiling.side)
+            tiles = self.tiling.cut(open_image(image, least if self.jpeg_draft else None), grid)
+            return torch.cat([as_bytes(tile) for tile in tiles])
+        picture = open_image(image, self.least_side if self.jpeg_draft else None)
+        if self.image_fit in ("crop", "resize"):
+            return as_bytes(squared(picture, self.pixel_shape, self.resample, crop=self.image_fit == "crop"))
+        return self.to_pixels(self.fit(picture))
 
     def fit(self, image: Image.Image) -> Image.Image:
         """The image, padded to a square if `image_fit` says so."""
@@ -233,6 +329,9 @@ class Processor:
         keep: bool = False,
         jpeg_draft: bool = False,
         instruct: bool = False,
+        image_markers: ImageMarkers = "none",
+        tiles: Tiles = "none",
+        max_tiles: int | None = None,
     ) -> Processor:
         """The LLM's tokenizer and the encoder's image processor, each by Hub id or folder."""
         from transformers import AutoTokenizer
@@ -245,4 +344,7 @@ class Processor:
             keep,
             jpeg_draft,
             instruct,
+            image_markers,
+            tiles,
+            max_tiles,
         )

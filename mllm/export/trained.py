@@ -93,6 +93,23 @@ def load(name: str, with_adapter: bool = True, rounded_to: torch.dtype | None = 
     return Trained(folder, config, parts, model.float().eval().requires_grad_(False), processor)
 
 
+def check_prompt(trained: Trained) -> None:
+    """Refuse what no stock processor does to pictures and prompts.
+
+    Raises:
+        ValueError: names the settings.
+    """
+    own, plain = trained.processor, {"tiles": ("none",), "image_markers": ("none",), "image_fit": ("native", "pad")}
+    if found := [
+        f"data.{name}: {getattr(own, name)}" for name, known in plain.items() if getattr(own, name) not in known
+    ]:
+        raise ValueError(
+            f"a model trained with {', '.join(found)} is not exported: no processor there prepares its pictures and "
+            f"prompts exactly so (tiles have no newline token here, and none is left out). "
+            f"`mllm chat` and `mllm eval` run the stage as it is"
+        )
+
+
 def round_weights(model: MultimodalLM, dtype: torch.dtype) -> None:
     """As if they had been written in `dtype` and read in float32. No buffer: rotary frequencies stay as they are in
     every loader; no adapter."""

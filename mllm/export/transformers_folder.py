@@ -16,7 +16,7 @@ from torch import Tensor
 from mllm.export import Dtype, Exported, environments, llava, processor_files, remote_code
 from mllm.export.homes import Home, find_home
 from mllm.export.proof import prove
-from mllm.export.trained import Trained, load
+from mllm.export.trained import Trained, check_prompt, load
 from mllm.generate import stop_ids
 
 
@@ -59,6 +59,7 @@ def write_files(trained: Trained, folder: Path, dtype: torch.dtype) -> Home:
             "a Q-Former with `instruct: true` is not exported: transformers' processors hand a connector no words. "
             "`mllm chat` and `mllm eval` run the stage as it is"
         )
+    check_prompt(trained)
     home = find_home(trained.model)
     form: Any = llava if home.is_stock else remote_code
     write_model(folder, form.config(trained), form.tensors(trained), dtype)

@@ -108,7 +108,7 @@ def numbers_table(index: Index, plan: Plan, processor: Processor, steps: int) ->
     """The run in numbers, each with its unit."""
     rows = (
         ("samples", sentence(index.tally.summary())),
-        ("images", f"{index.num_images:,} of {processor.num_visual_tokens} visual tokens"),
+        ("images", f"{index.num_images:,} of {visual_tokens(processor)}"),
         ("tokens", f"{index.length.sum(dtype=np.int64):,} in all samples"),
         ("supervised share", f"{supervised_share(index, processor):.1%} of the text tokens"),
         ("steps", f"{steps:,} of {plan.rows_per_step} rows"),
@@ -122,12 +122,20 @@ def stream_table(known: Look, plan: Plan | StreamPlan, processor: Processor, ste
     share = f"{supervised_share(known, processor):.1%} of the text tokens of the first {len(known.items):,} samples"
     rows = (
         ("samples", "streamed: read in the order of their files, not counted"),
-        ("images", f"each {processor.num_visual_tokens} visual tokens"),
+        ("images", f"each {visual_tokens(processor)}"),
         ("supervised share", share),
         ("steps", f"{steps:,} of {plan.rows_per_step} rows"),
         ("rows", f"{steps * plan.rows_per_step:,} of {plan.seq_length} tokens"),
     )
     return table_of(rows)
+
+
+def visual_tokens(processor: Processor) -> str:
+    """How many an image becomes."""
+    one, (fewest, most) = processor.num_visual_tokens, processor.tile_range
+    if processor.tiling is None:
+        return f"{one} visual tokens"
+    return f"{fewest * one} to {most * one} visual tokens ({fewest} to {most} tiles of {one}, {processor.tiles})"
 
 
 def template_line(model: MultimodalLM, processor: Processor) -> Text:

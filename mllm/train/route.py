@@ -34,7 +34,7 @@ def make_plan(index: Index | Stream, data: DataConfig, train: TrainConfig, resum
         feeds, weights = index.feeds()
         plan = StreamPlan(feeds, data.seq_length, train.rows_per_step, weights, data.packing, index.tally)
     else:
-        columns = Columns(index.length, index.images, index.source, index.group, index.weight)
+        columns = Columns(index.length, index.tiles, index.source, index.group, index.weight)
         plan = Plan(columns, data.mixture, data.seq_length, train.rows_per_step, train.seed, data.packing)
     position = newest_state(train.output_dir, fingerprint(index, plan))["position"] if resume else None
     return plan.at(position) if position else plan

@@ -231,6 +231,7 @@ def lines(number: int) -> pa.Table:
         "length": at % 500 + 20,
         "supervised": at % 30 + 2,
         "cut": np.zeros(number, np.int32),
+        "tiles": np.ones(number, np.int32),
         "sizes": pa.ListArray.from_arrays(np.arange(0, 2 * number + 1, 2), np.full(2 * number, 640, np.int32)),
         **{name: pa.nulls(number, pa.string()) for name in ("variant", "kind", "cause")},
     }

@@ -27,4 +27,4 @@ class WordCounter(Processor):
         for message in sample.messages:
             label = 0 if message.role == "assistant" else IGNORE_INDEX
             labels += [label] * len(words_of(message.text))
-        return Encoded([0] * len(labels), labels, len(sample.images))
+        return Encoded([0] * len(labels), labels, len(sample.images), len(sample.images))

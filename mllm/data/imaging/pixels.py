@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from mllm.types import Normalisation
@@ -50,10 +50,7 @@ class Resize:
         if self.crop and height > self.crop[0]:
             top = (height - self.crop[0]) // 2
             image = image.crop((0, top, width, top + self.crop[0]))
-        pixels = np.empty((1, 3, image.height, image.width), np.uint8)
-        for channel, band in enumerate(image.split()):
-            pixels[0, channel] = np.asarray(band)
-        return torch.from_numpy(pixels)
+        return as_bytes(image)
 
     def target(self, width: int, height: int) -> tuple[int, int]:
         """Width and height after resizing."""
@@ -61,6 +58,20 @@ class Resize:
             return self.size[1], self.size[0]
         longest = int(self.size * max(width, height) / min(width, height))
         return (self.size, longest) if width <= height else (longest, self.size)
+
+
+def as_bytes(image: Image.Image) -> Tensor:
+    """[1, 3, H, W] uint8 of an RGB image as it is."""
+    pixels = np.empty((1, 3, image.height, image.width), np.uint8)
+    for channel, band in enumerate(image.split()):
+        pixels[0, channel] = np.asarray(band)
+    return torch.from_numpy(pixels)
+
+
+def squared(image: Image.Image, shape: Shape, resample: int, crop: bool) -> Image.Image:
+    """The image at the encoder's size: the largest part of that aspect in its middle, or all of it, squeezed."""
+    size = shape[2], shape[1]
+    return ImageOps.fit(image, size, Image.Resampling(resample)) if crop else image.resize(size, resample)
 
 
 def cheapest_way(image_processor: Any) -> tuple[Way, Normalisation | None, Shape]:

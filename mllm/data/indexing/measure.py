@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from mllm.data.formats.source import Filtered, Place, Source
 from mllm.data.images import image_size
-from mllm.data.processor import Processor, TooLong
+from mllm.data.processor import Processor
 from mllm.types import IGNORE_INDEX, Sample
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ SCHEMA = pa.schema(
         "length": pa.int32(),  # tokens after cutting, visual tokens included
         "supervised": pa.int32(),
         "cut": pa.int32(),  # tokens that cutting took away
+        "tiles": pa.int32(),  # what the encoder is handed for its images
         "sizes": pa.list_(pa.int32()),  # width, height of each image in turn
         "variant": pa.string(),
         "kind": pa.string(),  # null for a good sample, else the class of its fault
@@ -103,9 +104,9 @@ def measure(sample: Sample, processor: Processor, max_length: int, sizes: Sizes)
         kind = "image"
         line["sizes"] = [side for image in sample.images[: kept.images] for side in sizes(image)]
     except ValueError as error:
-        kind = "length" if isinstance(error, TooLong) else kind
+        kind = getattr(error, "kind", kind)
         return {**line, "kind": kind, "cause": str(error).removeprefix(f"{sample.where}: ")}
-    line["length"], line["cut"] = len(kept.input_ids), kept.cut
+    line["length"], line["cut"], line["tiles"] = len(kept.input_ids), kept.cut, kept.tiles
     line["supervised"] = len(kept.labels) - 1 - kept.labels[1:].count(IGNORE_INDEX)
     return line
 

@@ -89,6 +89,10 @@ class Look:
     def images(self) -> np.ndarray:
         return np.array([item.images for item in self.items])
 
+    @property
+    def tiles(self) -> np.ndarray:
+        return np.array([item.tiles for item in self.items])
+
     def sample(self, number: int) -> Sample:
         sample = self.items[number].sample
         assert sample is not None

@@ -53,6 +53,8 @@ class Item:
     """How many items arrived before it, of all feeds."""
     images: int = field(default=0, compare=False)
     """Of the sample's, those that stand in the tokens, where it was measured."""
+    tiles: int = field(default=0, compare=False)
+    """What the encoder is handed for them."""
 
 
 class Feed(Protocol):

@@ -20,7 +20,7 @@ from mllm.data.index import Index
 from mllm.data.indexing import fingerprint
 from mllm.data.indexing.tally import IN_A_ROW, Tally
 from mllm.data.planning.order import key_of
-from mllm.data.processor import Processor, TooLong
+from mllm.data.processor import Processor
 from mllm.data.streams.plan import Feed, Item, Spot
 from mllm.types import Fault, Sample
 
@@ -162,11 +162,11 @@ class SourceFeed:
         try:
             kept = self.stream.processor.encoded(found, self.stream.max_length)
         except ValueError as error:
-            kind = "length" if isinstance(error, TooLong) else "text"
-            return Fault(kind, found.id, where, str(error).removeprefix(f"{where}: "))
+            return Fault(getattr(error, "kind", "text"), found.id, where, str(error).removeprefix(f"{where}: "))
         tally.in_a_row = 0
         tally.truncated, tally.tokens_cut = tally.truncated + bool(kept.cut), tally.tokens_cut + kept.cut
-        return Item(found.id, len(kept.input_ids), spot, found, (kept.input_ids, kept.labels), images=kept.images)
+        tokens = kept.input_ids, kept.labels
+        return Item(found.id, len(kept.input_ids), spot, found, tokens, images=kept.images, tiles=kept.tiles)
 
     def fetch(self, spot: Spot) -> Item:
         """The item that was read there; it is not counted again.

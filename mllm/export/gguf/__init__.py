@@ -16,7 +16,7 @@ import torch
 from mllm.export import Dtype, Exported
 from mllm.export.gguf import llm, vision
 from mllm.export.gguf.file import File
-from mllm.export.trained import Trained, load
+from mllm.export.trained import Trained, check_prompt, load
 
 LLM, VISION = "model.gguf", "mmproj-model.gguf"
 NOTES = (
@@ -37,6 +37,7 @@ def write(model: str, folder: Path, dtype: Dtype, check_with: list[str]) -> Expo
     except ImportError as error:
         raise ValueError("--to gguf needs the gguf package: pip install 'mllm[gguf]'") from error
     trained = load(model)
+    check_prompt(trained)
     check(trained)
     kind = getattr(torch, trained.parts.dtype if dtype == "auto" else dtype)
     for name, file in ((LLM, llm.describe(trained)), (VISION, vision.describe(trained))):

@@ -175,7 +175,7 @@ def cache_bytes(accelerator: Accelerator, model: MultimodalLM, known: Index | Lo
     encoder = model.vision_encoder
     one = encoder.num_patches * encoder.width * next(encoder.parameters()).element_size()
     room = int(train.feature_cache * 2**30)
-    return min(room, known.num_images * one) if isinstance(known, Index) else room
+    return min(room, int(known.tiles.sum()) * one) if isinstance(known, Index) else room
 
 
 def predicted(model: MultimodalLM, shape: Shape, setup: Setup) -> tuple[Memory | None, str]:

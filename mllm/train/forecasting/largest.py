@@ -27,7 +27,7 @@ Rows = list[list[int]]
 def largest(model: MultimodalLM, known: Index | Look, plan: Plan | StreamPlan, rows_per_micro_batch: int) -> Shape:
     """The shape of the micro-batch that needs most memory: of the longest rows, of those with most images and of those
     with most supervised tokens, the heaviest."""
-    columns = [known.length, known.images, known.supervised]
+    columns = [known.length, known.tiles, known.supervised]
     rows = planned_rows(plan) if isinstance(plan, Plan) else dense_rows(columns, plan)
     counts = np.array([[column[row].sum() for column in columns] for row in rows])  # [rows, 3]
     shapes = {shape_of(counts[np.argsort(-counts[:, by], kind="stable")[:rows_per_micro_batch]]) for by in range(3)}

@@ -22,7 +22,7 @@ SHOWN_TOKENS = 160
 
 def supervised_share(index: Index | Look, processor: Processor) -> float:
     """Supervised tokens among those that are text."""
-    text = index.length.sum(dtype=np.int64) - index.num_images * processor.num_visual_tokens
+    text = index.length.sum(dtype=np.int64) - int(index.tiles.sum()) * processor.num_visual_tokens
     return float(index.supervised.sum(dtype=np.int64) / max(1, text))
 
 
