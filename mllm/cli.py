@@ -242,7 +242,10 @@ def info(
     for part in found.parts:
         trained = f"{part['trained']:,} train" if part["trained"] else "frozen"
         print(f"{part['part']:<16}{part['is']}: {part['parameters']:,} parameters, {trained}")
-    print(f"{'image':<16}{found.visual_tokens_per_image} visual tokens\n{'exports as':<16}{found.exports_as}")
+    fewest, most = found.visual_tokens_range
+    of_tiles = f"{fewest} to {most} visual tokens, in tiles of {found.visual_tokens_per_image}"
+    tokens = f"{most} visual tokens" if fewest == most else of_tiles
+    print(f"{'image':<16}{tokens}\n{'exports as':<16}{found.exports_as}")
     for loader in found.loaders:
         print(f"{loader.loader:<16}{'yes' if loader.loads else 'no'}, {loader.why} [{loader.version}]")
 

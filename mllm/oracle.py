@@ -16,9 +16,12 @@ from typing import Any
 import torch
 
 from mllm.config import RunConfig, load_config, stage_config
+from mllm.data.imaging.tiling import Tiling
+from mllm.data.loader import DataConfig
 from mllm.export.gguf import llm, vision
 from mllm.export.homes import Home, find_home
 from mllm.export.llava import activation
+from mllm.export.trained import prompt_obstacle
 from mllm.generate import find_folder
 from mllm.models.build import build_model, visual_tokens_per_image
 from mllm.models.fused_encoder import FusedEncoder
@@ -49,8 +52,12 @@ class Info:
     model: str
     parts: list[dict[str, Any]]
     visual_tokens_per_image: int
+    """Of one tile, where images are cut into tiles."""
+    visual_tokens_range: tuple[int, int]
+    """The fewest and the most that an image becomes."""
     exports_as: str
-    """The transformers class, `remote code` where no stock class holds the model."""
+    """The transformers class, `remote code` where no stock class holds the model, `nothing` where the way its pictures
+    or prompts are prepared has no home."""
     loaders: list[Loader]
 
     def as_dict(self) -> dict[str, Any]:
@@ -77,7 +84,16 @@ def info(name: str) -> Info:
         for part in parts(model, config.train.learning_rate)
     ]
     tokens = visual_tokens_per_image(config.parts())
-    return Info(name, described, tokens, home.architecture or "remote code", loaders(model, home))
+    fewest, most = tile_range(config.data)
+    answers, exports_as = loaders(model, home), home.architecture or "remote code"
+    if why := prompt_obstacle(config.data):
+        answers, exports_as = [replace(answer, loads=False, why=why) for answer in answers], "nothing"
+    return Info(name, described, tokens, (fewest * tokens, most * tokens), exports_as, answers)
+
+
+def tile_range(data: DataConfig) -> tuple[int, int]:
+    """The fewest and the most tiles of an image."""
+    return (1, 1) if data.tiles == "none" else Tiling(data.tiles, side=1, max_tiles=data.max_tiles).range()
 
 
 def read(name: str) -> RunConfig:

@@ -18,7 +18,7 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState
 
-from conftest import make_clip, make_llm, make_processor, make_tokenizer, write_llava
+from conftest import make_clip, make_llm, make_processor, make_tokenizer, picture, write_llava
 from killing import Forked
 from mllm import stage as rooms
 from mllm.config import RunConfig, dump_config, load_config
@@ -27,7 +27,7 @@ from mllm.generate import Assistant
 from mllm.models.build import ModelConfig, build_model
 from mllm.train.settings import TrainConfig
 from mllm.train.stage_folder import save_stage
-from mllm.types import Message, Sample
+from mllm.types import Mark, Message, Sample
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu"]
@@ -498,3 +498,32 @@ def test_samples_held_out_by_a_flag_and_sources_held_out_in_the_yaml_are_asked_a
     assert ["held_out" in line for line in lines(out)] == [False, True, True]
     assert json.loads((out / "ledger.json").read_text())["filtered"] == {}
     assert in_process("pretrain", "--config", path, "--overwrite", "--data.held_out", "null") == 2
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--data.tiles", "anyres", "--data.held_out", 2, "--train.eval_every", 2),
+        ("--data.tiles", "dynamic", "--data.max_tiles", 3, "--data.stream", "true"),
+        ("--data.image_fit", "crop"),
+    ],
+    ids=lambda flags: flags[1],
+)
+def test_tiles_and_numbered_images_train_and_answer_with_what_the_stage_was_told(
+    hub: Path, tmp_path: Path, capsys: Any, flags: tuple[object, ...]
+) -> None:
+    data = write_llava(tmp_path, 8)
+    for row, size in enumerate([(60, 20), (60, 20), (20, 60), (20, 60), (30, 30), (30, 30), (90, 80), (90, 80)]):
+        picture(row, size).save(tmp_path / "images" / f"{row}.png")
+    config, markers = write_config(tmp_path, hub, data, "align"), ("--data.image_markers", "numbered")
+    assert in_process("pretrain", "--config", config, *markers, *flags) == 0
+    told = capsys.readouterr().out
+    assert "(image 1: <Image><image></Image>)" in told
+    for policy, words in (("anyres", "(3 to 5 tiles of 4, anyres)"), ("dynamic", "(1 to 4 tiles of 4, dynamic)")):
+        assert (words in " ".join(told.split())) == (policy in flags)
+    assistant = Assistant.load(str(tmp_path / "align"))
+    assert assistant.processor.tiles == (flags[1] if flags[0] == "--data.tiles" else "none")
+    sample = Sample("q", [Message("user", [Mark.IMAGE, "what is it?"])], [picture(1, (20, 60))])
+    prompt = assistant.processor.prompt(sample)
+    assert prompt.input_ids.count(assistant.processor.image_token_id) == 4 * len(prompt.pixel_values)
+    assert len(assistant.answer([sample], max_new_tokens=2)) == 1

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mllm.config import RunConfig, load_config, stage_config
+from mllm.data.loader import DataConfig
 from mllm.data.processor import Processor
 from mllm.generate import find_folder
 from mllm.models.build import ModelConfig, build_model, load_vision_model
@@ -94,20 +95,23 @@ def load(name: str, with_adapter: bool = True, rounded_to: torch.dtype | None = 
 
 
 def check_prompt(trained: Trained) -> None:
-    """Refuse what no stock processor does to pictures and prompts.
+    """Refuse what no processor elsewhere does to pictures and prompts.
 
     Raises:
         ValueError: names the settings.
     """
-    own, plain = trained.processor, {"tiles": ("none",), "image_markers": ("none",), "image_fit": ("native", "pad")}
-    if found := [
-        f"data.{name}: {getattr(own, name)}" for name, known in plain.items() if getattr(own, name) not in known
-    ]:
-        raise ValueError(
-            f"a model trained with {', '.join(found)} is not exported: no processor there prepares its pictures and "
-            f"prompts exactly so (tiles have no newline token here, and none is left out). "
-            f"`mllm chat` and `mllm eval` run the stage as it is"
-        )
+    if why := prompt_obstacle(trained.processor):
+        raise ValueError(f"a model trained with {why}. `mllm chat` and `mllm eval` run the stage as it is")
+
+
+def prompt_obstacle(own: Processor | DataConfig) -> str:
+    """The settings that keep a model from being exported, and why; empty where there are none."""
+    known = {"tiles": ("none",), "image_markers": ("none",), "image_fit": ("native", "pad")}
+    found = [f"data.{name}: {getattr(own, name)}" for name in known if getattr(own, name) not in known[name]]
+    if not found:
+        return ""
+    tiles = " (tiles have no newline token here, and none of their tokens is dropped)" if own.tiles != "none" else ""
+    return f"{', '.join(found)} is not exported: no processor there prepares pictures and prompts exactly so{tiles}"
 
 
 def round_weights(model: MultimodalLM, dtype: torch.dtype) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from transformers import (
 
 from conftest import ENDS, IMAGE_SIZE, PATCH, make_clip, make_image_processor, make_processor, make_tokenizer
 from mllm.config import RunConfig, dump_config
+from mllm.data.loader import DataConfig
 from mllm.data.processor import Processor
 from mllm.models.build import ModelConfig, build_model, visual_tokens_per_image
 from mllm.models.connectors import MLPConnector
@@ -102,13 +104,20 @@ def make_parts(
 
 
 def make_stage(
-    folder: Path, connector: Any = None, lora: bool = False, image_fit: str = "native", **model: Any
+    folder: Path,
+    connector: Any = None,
+    lora: bool = False,
+    image_fit: str = "native",
+    data: DataConfig | None = None,
+    **model: Any,
 ) -> Path:
     """A finished stage of the parts that lie in `folder`; its connector and adapter are random, as if trained."""
     named = {"vision_encoder": str(folder / "encoder"), "llm": str(folder / "llm"), **model}
     parts = ModelConfig(**{"connector": connector or MLPConnector(), **named})  # type: ignore[arg-type]
     out = folder / "stage"
     processor = Processor.from_hub(parts.llm, parts.encoders()[0], visual_tokens_per_image(parts), image_fit)
+    data = data or DataConfig()
+    processor = replace(processor, tiles=data.tiles, max_tiles=data.max_tiles)
     torch.manual_seed(3)
     built = build_model(parts, processor.image_token_id)
     rates, adapter = LearningRates(connector=1e-3, llm=1e-3 if lora else None), Lora(rank=4, alpha=8) if lora else None
@@ -119,7 +128,7 @@ def make_stage(
                 parameter += 0.1 * torch.randn_like(parameter)
     out.mkdir(parents=True, exist_ok=True)
     train = TrainConfig(output_dir=out, learning_rate=rates, lora=adapter)
-    save_stage(out, built, processor, dump_config(RunConfig(train, model=parts)))
+    save_stage(out, built, processor, dump_config(RunConfig(train, data, parts)))
     return out
 
 

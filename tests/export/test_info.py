@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from mllm import cli, oracle
+from mllm.data.loader import DataConfig
+from mllm.export import export
 from mllm.export.homes import find_home
 from mllm.export.trained import load
 from mllm.models.connectors import LinearConnector, MLPConnector, PixelShuffleConnector, QFormerConnector
@@ -71,6 +73,24 @@ def test_command_tells_parts_tokens_and_loaders(tmp_path: Path, monkeypatch: pyt
     lora = load_adapter(stage)
     assert trained["llm"] == sum(tensor.numel() for tensor in lora.values())
     assert told["visual_tokens_per_image"] == 1
+
+
+def test_tiles_and_markers_have_a_range_of_tokens_and_no_home_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    make_parts(tmp_path, encoder="siglip")
+    config = make_stage(tmp_path, data=DataConfig(tiles="dynamic", max_tiles=6)) / "config.yaml"
+    assert run(monkeypatch, config) == 0
+    told = capsys.readouterr().out
+    assert "4 to 28 visual tokens, in tiles of 4" in told
+    assert "data.tiles: dynamic is not exported" in told
+    assert run(monkeypatch, config, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["visual_tokens_range"], found["exports_as"]) == ([4, 28], "nothing")
+    assert not any(loader["loads"] for loader in found["loaders"])
+    for to in ("transformers", "gguf"):
+        with pytest.raises(ValueError, match=r"data\.tiles: dynamic is not exported"):
+            export(str(config.parent), tmp_path / to, to)  # type: ignore[arg-type]
 
 
 def load_adapter(stage: Path) -> dict[str, Any]:
