@@ -8,7 +8,7 @@ words: no token is added. A packed row holds several samples, each of which coun
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import count
 from typing import Literal
 
@@ -28,10 +28,10 @@ def marked(messages: Iterable[Message]) -> list[Message]:
     ]
 
 
-def around(part: str | Mark, numbers: Iterable[int]) -> list[str | Mark]:
+def around(part: str | Mark, numbers: Iterator[int]) -> list[str | Mark]:
     if part is not Mark.IMAGE:
         return [part]
-    return [f"(image {next(iter(numbers))}: <Image>", part, "</Image>)"]
+    return [f"(image {next(numbers)}: <Image>", part, "</Image>)"]
 
 
 def without(spans: Iterable[tuple[int, int]], text: str, pattern: re.Pattern[str]) -> list[tuple[int, int]]:
