@@ -186,8 +186,9 @@ class Campaign:
         return self.steps_on(run, 5)
 
     def at_the_start(self, run: Running) -> bool:
-        """While it imports, builds, reads its data or its checkpoint."""
-        return self.later(run, self.draw.uniform(0.2, 6.0))
+        """While it imports, builds, reads its data or its checkpoint: at the latest with its first samples."""
+        before, late = self.newest_change(), time.monotonic() + self.draw.uniform(0.2, 6.0)
+        return until(run, lambda: time.monotonic() > late or self.newest_change() != before)
 
     def at_the_end(self, run: Running) -> bool:
         """While the finished stage is written."""

@@ -97,7 +97,7 @@ def never_killed(hub: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 def test_twenty_kills_of_one_process(hub: Path, data: Path, tmp_path: Path, never_killed: Any) -> None:
-    campaign = Stage(tmp_path / "run", hub, data, "one process", seed=1, steps=100).campaign
+    campaign = Stage(tmp_path / "run", hub, data, "one process", seed=1, steps=130).campaign
     moments = [*[campaign.in_a_save] * 9, *[campaign.in_a_step] * 5, *[campaign.at_the_start] * 3]
     campaign.draw.shuffle(moments)
     for moment in [*moments[:6], campaign.two_saves_on, *moments[6:], campaign.two_saves_on, campaign.at_the_end]:
@@ -105,7 +105,7 @@ def test_twenty_kills_of_one_process(hub: Path, data: Path, tmp_path: Path, neve
         if moment == campaign.two_saves_on:
             campaign.spoil()
     campaign.to_the_end()
-    assert_same(campaign, never_killed("one process", steps=100))
+    assert_same(campaign, never_killed("one process", steps=130))
     report("one process", campaign)
     assert campaign.counts["kills"] == campaign.counts["resumes"] == 20
     assert campaign.counts["kills during a save"] >= 5
@@ -133,7 +133,7 @@ def test_kills_of_two_ranks(
 def test_launcher_that_is_told_to_go_leaves_a_checkpoint_of_its_last_step(
     hub: Path, data: Path, tmp_path: Path, never_killed: Any, launcher: str
 ) -> None:
-    steps = {"one process": 100, "two ranks": 40}[launcher]
+    steps = {"one process": 130, "two ranks": 40}[launcher]
     campaign = Stage(tmp_path / "run", hub, data, launcher, seed=3, steps=steps, save_every=None).campaign
     for _ in range(4):
         assert campaign.told_to_go(campaign.in_a_step) != 0
