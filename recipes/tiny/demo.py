@@ -31,6 +31,7 @@ from mllm.data.formats.llava import read_llava
 from mllm.evaluate.controls import blank_images, shuffle_images
 from mllm.evaluate.exact import Result, evaluate, follow
 from mllm.evaluate.report import write_report
+from mllm.quiet import quiet_libraries
 from mllm.types import Sample
 
 TITLE = "mllm tiny: a vision encoder, a connector, an LLM"
@@ -152,6 +153,7 @@ def evaluate_all(model: Path, data: Path) -> dict[str, Result]:
     """Ask the model four times: two held-out sets, and the plain one without the pictures it belongs to."""
     from mllm.generate import Assistant
 
+    quiet_libraries()
     assistant = Assistant.load(model)
     plain, compositional = (read_llava(data / f"{split}.json") for split in ("plain", "compositional"))
     asked: dict[str, list[Sample]] = {
