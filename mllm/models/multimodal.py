@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mllm.models.feature_cache import FeatureCache
 from mllm.models.fused_encoder import FusedEncoder
+from mllm.models.head import scaled
 from mllm.models.splice import splice
 from mllm.models.vision_encoder import VisionEncoder
 
@@ -87,12 +88,4 @@ class MultimodalLM(nn.Module):
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """[..., D] -> [..., vocabulary]: the LLM's head with the scale or cap that its family puts behind it."""
-        logits = self.llm.get_output_embeddings()(hidden_states)
-        config = self.llm.config
-        if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
-            logits = torch.tanh(logits / cap) * cap
-        if scale := getattr(config, "logit_scale", None):  # Cohere
-            logits = logits * scale
-        if divisor := getattr(config, "logits_scaling", None):  # Granite
-            logits = logits / divisor
-        return logits
+        return scaled(self.llm.get_output_embeddings()(hidden_states), self.llm.config)

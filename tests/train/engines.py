@@ -1,9 +1,11 @@
-"""An accelerator of each engine on forked CPU ranks, as `accelerate launch` and the recipes make it."""
+"""What the tests of all engines share: an accelerator of each on forked CPU ranks, as `accelerate launch` and the
+recipes make it; data that is text only on some ranks; a run as it stood half-way."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -43,3 +45,21 @@ def config_that_shards_all(engine: str) -> str:
     if "stage3_param_persistence_threshold" in config["zero_optimization"]:
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     return json.dumps(config)
+
+
+def with_text_only(path: Path) -> Path:
+    """Take the picture from two records of three: some micro-batches have none on one rank, and one on the other."""
+    records = json.loads(path.read_text())
+    for record in records:
+        if int(record["id"][1:]) % 3:
+            del record["image"]
+            record["conversations"][0]["value"] = record["conversations"][0]["value"].removeprefix("<image>\n")
+    path.write_text(json.dumps(records))
+    return path
+
+
+def at_step_2(source: Path, target: Path) -> Path:
+    """A run as it stood after its second step."""
+    shutil.copytree(source, target)
+    shutil.rmtree(target / "checkpoints" / "step-4")
+    return target

@@ -6,7 +6,6 @@ Two ranks are forked for each engine and do all its runs; the tests compare what
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +16,7 @@ import yaml
 from accelerate import Accelerator
 
 from conftest import make_processor
-from engines import CONFIGS, config_that_shards_all, start
+from engines import CONFIGS, at_step_2, config_that_shards_all, start, with_text_only
 from mllm.models.multimodal import MultimodalLM
 from mllm.train import engine as engines
 from mllm.train.engines import zero
@@ -64,13 +63,6 @@ def train(
     return model
 
 
-def at_step_2(source: Path, target: Path) -> Path:
-    """A run as it stood after its second step."""
-    shutil.copytree(source, target)
-    shutil.rmtree(target / "checkpoints" / "step-4")
-    return target
-
-
 def on_rank(rank: int, engine: str, data: Path, folder: Path) -> None:
     """One of two processes: each run, each run resumed, and what one process began."""
     for what in RUNS[engine]:
@@ -98,17 +90,6 @@ def what_ran(accelerator: Accelerator, model: MultimodalLM) -> dict[str, Any]:
         "partitioned gradients": engine is not None and engine.zero_optimization_partition_gradients(),
         "sharded weights": sum(p.numel() == 0 for p in model.parameters()) / sum(1 for _ in model.parameters()),
     }
-
-
-def with_text_only(path: Path) -> Path:
-    """Take the picture from two records of three: some micro-batches have none on one rank, and one on the other."""
-    records = json.loads(path.read_text())
-    for record in records:
-        if int(record["id"][1:]) % 3:
-            del record["image"]
-            record["conversations"][0]["value"] = record["conversations"][0]["value"].removeprefix("<image>\n")
-    path.write_text(json.dumps(records))
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from mllm.export.remote_code.configuration_mllm import MllmConfig
 from mllm.export.remote_code.connector_of import make_connector
 from mllm.models.fused_encoder import FusedEncoder
+from mllm.models.head import scaled
 from mllm.models.vision_encoder import VisionEncoder
 from mllm.models.vision_grid import Grid
 from mllm.types import Normalisation
@@ -149,7 +150,7 @@ class MllmForConditionalGeneration(MllmPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.capped(self.lm_head(found.last_hidden_state[:, kept]))  # [B, S, vocabulary]
+        logits = scaled(self.lm_head(found.last_hidden_state[:, kept]), self.config.text_config)  # [B, S, vocabulary]
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=logits.shape[-1], **for_loss)
@@ -160,17 +161,6 @@ class MllmForConditionalGeneration(MllmPreTrainedModel, GenerationMixin):
             hidden_states=found.hidden_states,
             attentions=found.attentions,
         )
-
-    def capped(self, logits: Tensor) -> Tensor:
-        """What some families put behind their head."""
-        text = self.config.text_config
-        if cap := getattr(text, "final_logit_softcapping", None):  # Gemma 2
-            logits = torch.tanh(logits / cap) * cap
-        if scale := getattr(text, "logit_scale", None):  # Cohere
-            logits = logits * scale
-        if divisor := getattr(text, "logits_scaling", None):  # Granite
-            logits = logits / divisor
-        return logits
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Images are seen once; from then on the cache holds what they became."""

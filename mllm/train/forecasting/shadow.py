@@ -111,7 +111,7 @@ def trace(model: MultimodalLM, shape: Shape, setup: Setup) -> dict[str, Counter[
                         watch_gradient(weight, tracker, setup.accumulation > 1)
                 hooks = mark_encoder(model, tracker)
                 torch.func.functional_call(Shadow(model, tracker, setup), prefixed(weights), (batch, shape.supervised))
-    except Exception as error:
+    except Exception as error:  # a model's own code fails on such tensors in ways of its own; it is told, and probed
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise NotImplementedError(f"{type(model.llm).__name__} does not run without data: {first}") from error
     finally:

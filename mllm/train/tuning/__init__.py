@@ -1,0 +1,1 @@
+"""Rooms behind `trainable`: adapters, scales of rates, gradient checkpointing."""
