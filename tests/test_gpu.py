@@ -120,7 +120,8 @@ def train(runs: Path, name: str, engine: str, what: str, precision: str, devices
     chosen = ["--config_file", f"deepspeed_configs/accelerate_{engine}.yaml"] if engine != "plain" else []
     if not chosen and devices > 1:
         chosen = ["--multi_gpu"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *chosen, "--num_processes", str(devices)]
+    several = ["--num_processes", str(devices), "--main_process_port", "0"]  # 0: a free one, runs lie beside each other
+    command = [sys.executable, "-m", "accelerate.commands.launch", *chosen, *several]
     command += ["recipes/pretrain.py", "--config", str(runs / f"{name}.yaml")]
     environment = {**os.environ, "COLUMNS": "200", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     environment.pop("ACCELERATE_USE_CPU", None)
