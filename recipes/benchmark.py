@@ -1,6 +1,7 @@
 """How fast is it, beside what people use instead? A subcommand for each subject, all measured here and now.
 
     python recipes/benchmark.py data --json OUT.json
+    python recipes/benchmark.py train --json OUT.json
 
 Enters: nothing; the data is drawn. Leaves: a table on the screen and, in `--json`, the numbers with the machine.
 """
@@ -13,6 +14,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # libraries read it as they are 
 
 import json
 import sys
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -53,15 +55,50 @@ def data(
     finish(console, [rate_table(found), fill_table(found)], found, json_path)
 
 
+def train(
+    json_path: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+    minutes: float = 9.0,
+    quick: bool = False,
+    only: Annotated[list[str] | None, tyro.conf.arg(metavar="NAME")] = None,
+) -> None:
+    """A step of training, stage by stage, beside the naive padded way: real tokens a second, MFU, memory, rooms.
+
+    Models of real sizes with random weights, on noise; written down after each configuration. On a CPU the sizes are
+    tiny, and say nothing.
+
+    Args:
+        json_path: File to write the numbers to.
+        minutes: Time for all of it; each configuration gets its share of what is left.
+        quick: Few steps of each.
+        only: Configurations to measure, by name or its beginning; all where none is named.
+    """
+    if minutes <= 0:
+        sys.exit(f"--minutes is {minutes}: give a positive number")
+    quiet_libraries()
+    from benchmarks import training
+    from benchmarks.training_report import rate_table as rates
+    from benchmarks.training_report import room_table
+
+    screen = Console(stderr=True)
+    with screen.status("starting") as status:
+        found = training.measure(only, minutes, quick, partial(write, json_path), status.update)
+    finish(Console(width=None if sys.stdout.isatty() else 160), [rates(found), room_table(found)], found, json_path)
+
+
+def write(json_path: Path | None, found: dict[str, Any]) -> None:
+    """What is known so far, with the machine."""
+    if json_path:
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        json_path.write_text(json.dumps({**found, "machine": machine()}, indent=2) + "\n")
+
+
 def finish(console: Console, tables: list[Table], found: dict[str, Any], json_path: Path | None) -> None:
     """Show the numbers and write them down."""
     found["machine"] = machine()
     console.print(*tables)
     console.print("{processor}, {cores} cores, load {load[0]:.1f}".format(**found["machine"]))
-    if json_path:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-        json_path.write_text(json.dumps(found, indent=2) + "\n")
+    write(json_path, found)
 
 
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict({"data": data}, description=(__doc__ or "").splitlines()[0])
+    tyro.extras.subcommand_cli_from_dict({"data": data, "train": train}, description=(__doc__ or "").splitlines()[0])

@@ -37,6 +37,18 @@ def mix(name: str, number: int = 8192, seed: int = 0) -> list[int]:
     return lengths[name].tolist()
 
 
+CONVERSATIONS = {"captions": (1.0, 27, 0.35, 120), "instruct": (0.94, 180, 0.8, 3000)}
+"""Of a mix for training: the share of samples with an image, and the texts as `text` takes them."""
+
+
+def conversations(kind: str, visual_tokens: int, number: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """`number` samples of a mix beside an encoder of so many visual tokens: tokens of their texts [number], and
+    whether each has an image [number]."""
+    share, *texts = CONVERSATIONS[kind]
+    rng = np.random.default_rng(seed)
+    return text(rng, number, *texts), rng.random(number) < share
+
+
 def text(rng: np.random.Generator, number: int, median: float, spread: float, longest: int) -> np.ndarray:
     """Tokens of texts: many short ones, a long tail."""
     return np.clip(np.rint(rng.lognormal(np.log(median), spread, number)), 6, longest).astype(int)

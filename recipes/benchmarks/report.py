@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
 
 TARGETS = {"loader_vs_plain": 0.95, "loader_vs_webdataset": 1.0, "packer_samples_per_s": 50_000, "fill": 0.995}
 """What the data engine promises, at least."""
-LIBRARIES = ("torch", "pillow", "numpy", "tokenizers", "transformers", "webdataset")
+LIBRARIES = ("torch", "pillow", "numpy", "tokenizers", "transformers", "accelerate", "peft", "webdataset")
 LOADING = (
     ("loader", "loader_vs_plain", "loader", "plain loop"),
     ("loader, tars", "loader_vs_webdataset", "loader on tars", "webdataset"),
@@ -67,8 +68,24 @@ def machine() -> dict[str, Any]:
         "load": os.getloadavg(),
         "system": platform.platform(),
         "python": platform.python_version(),
-        **{name: version(name) for name in LIBRARIES},
+        **accelerator(),
+        **{name: installed(name) for name in LIBRARIES},
     }
+
+
+def installed(name: str) -> str:
+    """The version of a package; nothing where it is missing."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""
+
+
+def accelerator() -> dict[str, str]:
+    """The GPU, where there is one."""
+    if not torch.cuda.is_available():
+        return {}
+    return {"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda), "triton": installed("triton")}
 
 
 def processor_name() -> str:

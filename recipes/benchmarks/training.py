@@ -1,0 +1,269 @@
+"""Every configuration measured in turn on this machine's accelerator, with what remains of the time.
+
+Enters: the configurations, a budget of minutes, a way to write down. Leaves: one mapping of numbers, written after each
+configuration; one that fails (memory, a missing package) says so in its row, and the next goes on.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import naive, product
+from benchmarks.configurations import Configuration, configurations
+from benchmarks.drawn_training import Drawing, DrawnIndex, draw
+from benchmarks.sizes import ENCODERS, LLMS, draw_model
+from benchmarks.stopwatch import Budget, Stopwatch
+from mllm.models.multimodal import MultimodalLM
+from mllm.train.forecasting.flops import Cost, Work, cost_of
+from mllm.train.forecasting.peaks import peak_flops
+from mllm.train.trainable import choose_trainable
+
+TOKENS = 16_384
+"""Of a micro-batch."""
+TINY_TOKENS = 512
+LEAST_SECONDS = 15
+"""That a configuration needs."""
+SHARE = 0.6
+"""Of the time that is left for a configuration, what its steps may take: it must be built and cleared away too."""
+GEMM = 8192
+"""Side of the matrices by which the ceiling is measured."""
+Say = Callable[[str], None]
+
+
+def measure(
+    only: Sequence[str] | None,
+    minutes: float,
+    quick: bool,
+    write: Callable[[dict[str, Any]], None],
+    say: Say,
+) -> dict[str, Any]:
+    """The rows whose names begin so, or all; `write` is handed what is known after each."""
+    began = time.perf_counter()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = [row for row in configurations() if only is None or row.name.startswith(tuple(only))]
+    if device.type == "cpu":
+        rows = [tiny(row) for row in rows]
+    say("the ceiling of matrix products")
+    found: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "minutes": minutes, "quick": quick}
+    found |= {"ceiling": ceiling(device), "peak": peak_flops(device, torch.bfloat16), "rows": {}}
+    for place, row in enumerate(rows):
+        left = minutes * 60 - (time.perf_counter() - began)
+        if left < LEAST_SECONDS:
+            found["rows"][row.name] = {**asdict(row), "error": f"no time left of --minutes {minutes:g}"}
+            continue
+        budget = Budget(seconds=SHARE * left / (len(rows) - place))
+        if quick:
+            budget = Budget(warm_up=4, steps=8, seconds=budget.seconds, rooms=2, syncs=1)
+        start = time.perf_counter()
+        numbers = attempt(row, budget, device, say, TOKENS if device.type == "cuda" else TINY_TOKENS)
+        found["rows"][row.name] = {**asdict(row), **numbers, "wall_seconds": time.perf_counter() - start}
+        write(found)
+    return found
+
+
+def tiny(row: Configuration) -> Configuration:
+    """What a CPU can do of it."""
+    return replace(row, llm="tiny", encoder="tiny", attention="sdpa", fp8=False)
+
+
+def attempt(row: Configuration, budget: Budget, device: torch.device, say: Say, tokens: int) -> dict[str, Any]:
+    """The numbers of one configuration, or why there are none. The naive way is given half the batch where memory
+    runs out."""
+    batch = naive.BATCH
+    while True:
+        try:
+            return one(row, budget, device, say, tokens, batch)
+        except torch.OutOfMemoryError:
+            why = "out of memory"
+        except Exception as error:  # whatever it is, the other rows are worth having
+            why = f"{type(error).__name__}: {error}"
+            why = "out of memory" if "out of memory" in why else why[:300]
+        finally:
+            forget(device)
+        if why != "out of memory" or row.way != "naive" or batch == 1:
+            return {"error": why}
+        batch //= 2
+
+
+def one(row: Configuration, budget: Budget, device: torch.device, say: Say, tokens: int, batch: int) -> dict[str, Any]:
+    """Build, train, look at the watch."""
+    say(f"{row.name}: building")
+    forget(device)
+    model = draw_model(row.llm, row.encoder, device, dtype_on(device), attention(row))
+    choose_trainable(model, row.rates, row.adapter)
+    cost = cost_of(model)
+    side, vocabulary = ENCODERS[row.encoder][1]["image_size"], LLMS[row.llm]["vocab_size"]
+    drawing = Drawing(row.kind, model.vision_encoder.num_patches, side, vocabulary)
+    index, processor = draw(drawing)
+    watch = Stopwatch(budget, device, lambda words: say(f"{row.name}: {words}"))
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    run = naive_run if row.way == "naive" else product_run
+    shape, numbers = run(row, model, index, processor, watch, device, tokens, batch)
+    works = [work_of(index, step) for step in numbers(watch.warmed_up, len(watch.step_seconds()))]
+    return {**shape, **told(watch, works, cost, peak_flops(device, torch.bfloat16)), "peak_memory": peak_memory(device)}
+
+
+def naive_run(
+    row: Configuration,
+    model: MultimodalLM,
+    index: DrawnIndex,
+    processor: Any,
+    watch: Stopwatch,
+    device: torch.device,
+    tokens: int,
+    batch: int,
+) -> tuple[dict[str, Any], Callable[[int, int], list[Any]]]:
+    """Its shape, and the samples of its steps."""
+    if row.checkpointing:
+        model.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    llava = naive.NaiveLlava(model)
+    llava.train()
+    normalisation = model.vision_encoder.normalisation
+    assert normalisation is not None
+    samples = naive.Samples(index, processor, normalisation)
+    watch.look_at(llava, rooms(model))
+    with watch.running():
+        naive.loop(llava, samples, device, 1e-3, batch, workers(device), bf16=device.type == "cuda")
+
+    def numbers(first: int, steps: int) -> list[Any]:
+        shuffled = naive.order(len(index), batch)
+        return [next(shuffled) for _ in range(first + steps)][first:]
+
+    return {"batch": batch, "fill": fill_of(index, numbers(0, 64))}, numbers
+
+
+def product_run(
+    row: Configuration,
+    model: MultimodalLM,
+    index: DrawnIndex,
+    processor: Any,
+    watch: Stopwatch,
+    device: torch.device,
+    tokens: int,
+    batch: int,
+) -> tuple[dict[str, Any], Callable[[int, int], list[Any]]]:
+    """Its shape, and the samples of its steps."""
+    length, number = product.layout(index.length, tokens)
+    with product.scratch() as folder:
+        train = product.settings(row, folder, number, bf16=device.type == "cuda")
+        data = product.data_settings(length, workers(device))
+        plan = product.plan_of(index, data, train)
+        shape = {"seq_length": length, "rows": number, "fill": plan.fill()}
+        look_at = partial(watch.look_at, rooms=rooms(model))
+        everything = model, index, processor, data, train, device, look_at
+        with watch.running():
+            if row.way == "bare":
+                product.bare(*everything)
+            else:
+                product.loop(*everything, product.AllLogits if row.full_logits else product.NextToken)
+    steps = product.HELD if row.way == "bare" else product.STEPS
+
+    def numbers(first: int, count: int) -> list[Any]:
+        return [np.concatenate(plan.rows(step % steps)) for step in range(first, first + count)]
+
+    return shape, numbers
+
+
+def attention(row: Configuration) -> str:
+    """The attention function as transformers knows it."""
+    try:
+        from mllm.models.packed.choice import implementation
+    except ImportError:
+        return "sdpa"
+    from transformers import Qwen2Config
+
+    return implementation(row.attention, Qwen2Config(**LLMS[row.llm]))  # type: ignore[no-any-return]
+
+
+def dtype_on(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def rooms(model: MultimodalLM) -> dict[str, Any]:
+    return {"encoder": model.vision_encoder, "connector": model.connector, "LLM": model.llm.get_decoder()}
+
+
+def workers(device: torch.device) -> int:
+    """Processes that read."""
+    return 4 if device.type == "cuda" else 0
+
+
+def work_of(index: DrawnIndex, samples: Any) -> Work:
+    """What must be computed for these samples, however they are laid out."""
+    length = index.length[samples].astype(np.int64)
+    pairs = int((length * (length + 1) // 2).sum())
+    return Work(int(length.sum()), pairs, int(index.supervised[samples].sum()), int(index.images[samples].sum()))
+
+
+def fill_of(index: DrawnIndex, padded: Sequence[Any]) -> float:
+    """Share of real tokens in batches that are padded to their longest."""
+    lengths = [index.length[samples] for samples in padded]
+    return float(sum(each.sum() for each in lengths) / sum(each.max() * len(each) for each in lengths))
+
+
+def told(watch: Stopwatch, works: Sequence[Work], cost: Cost, peak: float) -> dict[str, Any]:
+    """The numbers of a row: medians of steps, with the 10th and 90th percentile of the rate."""
+    seconds = watch.step_seconds()
+    rates = [work.tokens / spent for work, spent in zip(works, seconds, strict=True)]
+    flops = [cost.flops(work) / spent for work, spent in zip(works, seconds, strict=True)]
+    low, high = np.percentile(rates, [10, 90]).tolist()
+    return {
+        "tokens_per_second": statistics.median(rates),
+        "tokens_per_second_p10": low,
+        "tokens_per_second_p90": high,
+        "tokens_per_second_mean": sum(work.tokens for work in works) / sum(seconds),
+        "images_per_second": sum(work.images for work in works) / sum(seconds),
+        "flops_per_second": statistics.median(flops),
+        "flops_per_token": sum(map(cost.flops, works)) / sum(work.tokens for work in works),
+        "mfu": statistics.median(flops) / peak,
+        "step_seconds": statistics.median(seconds),
+        "tokens_per_step": statistics.fmean(work.tokens for work in works),
+        "steps": len(seconds),
+        "warm_up": watch.warmed_up,
+        "rooms": watch.room_seconds(),
+        "syncs_per_step": len(watch.syncs) / watch.budget.syncs,
+        "sync_places": sorted(set(watch.syncs)),
+        "recompiled": watch.recompiled,
+    }
+
+
+def ceiling(device: torch.device) -> float:
+    """Operations a second of a large product of random matrices: the most that is to be had."""
+    side, times = (GEMM, 30) if device.type == "cuda" else (1024, 5)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    watch = Stopwatch(Budget(), device)
+    out = left @ right
+    for _ in range(times):
+        torch.mm(left, right, out=out)
+    moments = [watch.moment()]
+    for _ in range(times):
+        torch.mm(left, right, out=out)
+        moments.append(watch.moment())
+    watch.wait()
+    spent = [watch.seconds(start, end) for start, end in pairwise(moments)]
+    return 2 * side**3 / statistics.median(spent)
+
+
+def peak_memory(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+
+
+def forget(device: torch.device) -> None:
+    """Give back what a row has left behind."""
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.empty_cache()

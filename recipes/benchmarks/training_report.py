@@ -1,0 +1,91 @@
+"""The numbers of `train` as tables: on the screen, and as Markdown for BENCHMARKS.md.
+
+Enters: what `training.measure` found. Leaves: a row for each configuration with its rate, its share of what the device
+can do, its memory and how it compares with the one beside it; and where the time of a step goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich.table import Table
+
+from benchmarks.stopwatch import ROOMS
+
+GIB = 2**30
+HEADS = ("", "", "tokens/s", "p10 - p90", "MFU", "of ceiling", "peak GiB", "fill", "beside")
+FLOORS = {"B4 0.5B": 110_000, "B4 1.5B": 55_000, "B4 3B": 31_000, "B4 7B": 16_500, "S2 7B": 14_500, "S2 1.5B": 42_000}
+"""Real tokens a second that an H200 shall reach."""
+Cells = list[str]
+
+
+def lines(found: dict[str, Any]) -> list[Cells]:
+    """The cells under `HEADS`, configuration by configuration."""
+    return [line(name, row, found) for name, row in found["rows"].items()]
+
+
+def line(name: str, row: dict[str, Any], found: dict[str, Any]) -> Cells:
+    if "error" in row:
+        return [name, row["words"], row["error"].splitlines()[0][:60], *[""] * (len(HEADS) - 3)]
+    return [
+        name,
+        row["words"] + (f", batch {row['batch']}" if row.get("batch", 16) != 16 else ""),
+        f"{row['tokens_per_second']:,.0f}",
+        f"{row['tokens_per_second_p10']:,.0f} - {row['tokens_per_second_p90']:,.0f}",
+        f"{row['mfu']:.1%}",
+        f"{row['flops_per_second'] / found['ceiling']:.1%}",
+        f"{row['peak_memory'] / GIB:.1f}",
+        f"{row['fill']:.1%}",
+        beside(row, found),
+    ]
+
+
+def beside(row: dict[str, Any], found: dict[str, Any]) -> str:
+    """How many times as fast as the configuration that it is compared with."""
+    other = found["rows"].get(row["beside"], {})
+    if "tokens_per_second" not in other:
+        return ""
+    return f"{row['tokens_per_second'] / other['tokens_per_second']:.2f} x {row['beside']}"
+
+
+def room_lines(found: dict[str, Any]) -> list[Cells]:
+    """Milliseconds of a step, room by room, and what should not be: waits for the device, late compilation."""
+    return [
+        [
+            name,
+            f"{1000 * row['step_seconds']:.1f}",
+            *(f"{1000 * row['rooms'].get(room, 0):.1f}" for room in ROOMS),
+            f"{row['syncs_per_step']:g}",
+            str(row["recompiled"]),
+        ]
+        for name, row in found["rows"].items()
+        if "error" not in row
+    ]
+
+
+ROOM_HEADS = ("ms a step", "all", *ROOMS, "syncs", "recompiled")
+
+
+def rate_table(found: dict[str, Any]) -> Table:
+    """For the screen."""
+    return screen("stage 1 and 2: real tokens a second", HEADS, lines(found))
+
+
+def room_table(found: dict[str, Any]) -> Table:
+    """For the screen."""
+    return screen("where the time goes", ROOM_HEADS, room_lines(found))
+
+
+def screen(title: str, heads: Iterable[str], rows: Iterable[Cells]) -> Table:
+    table = Table(*heads, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def markdown(heads: Iterable[str], rows: Iterable[Cells]) -> str:
+    """A table of Markdown."""
+    heads = list(heads)
+    rule = ["---"] * len(heads)
+    return "\n".join("| " + " | ".join(row) + " |" for row in [heads, rule, *rows]) + "\n"
