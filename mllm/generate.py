@@ -6,7 +6,7 @@ word. Chat and evaluation both speak through here, with the processor that train
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -18,6 +18,11 @@ from mllm.config import load_config, stage_config
 from mllm.data import chat
 from mllm.data.collate import stack_instructions, stack_pixels
 from mllm.data.processor import Processor
+from mllm.decoding.cache import keeps_everything
+from mllm.decoding.greedy import Greedy
+from mllm.decoding.pictures import Pictures
+from mllm.decoding.prompt import read
+from mllm.decoding.words import from_first_word, pieces
 from mllm.models.build import build_model
 from mllm.models.multimodal import MultimodalLM
 from mllm.train.stage_folder import FINISHED, load_stage
@@ -33,6 +38,9 @@ class Assistant:
         check_normalisation(model, processor)
         self.device = next(model.connector.parameters()).device
         self.stop_ids = stop_ids(model, processor)
+        self.pictures = Pictures(self.model, processor)
+        keeps = keeps_everything(model.llm)
+        self.greedy = Greedy(self.model, self.stop_ids, self.device) if keeps else None
 
     @classmethod
     def load(cls, model: str | Path, device: str | None = None) -> Assistant:
@@ -56,7 +64,19 @@ class Assistant:
         return [self.decode(tokens) for tokens in new.tolist()]
 
     def stream(self, sample: Sample, max_new_tokens: int = 256) -> Iterator[str]:
-        """The greedy answer to one conversation, piece by piece as it is found."""
+        """The greedy answer to one conversation, piece by piece as it is found.
+
+        What was computed for the last conversation is kept: of one that goes on, only the new turn is computed.
+        """
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}: an answer has at least one token")
+        if self.greedy is None:
+            return from_first_word(self.streamed_whole(sample, max_new_tokens))
+        prompt = read(sample, self.pictures, self.device)
+        return from_first_word(pieces(self.processor.tokenizer, self.greedy.answer(prompt, max_new_tokens)))
+
+    def streamed_whole(self, sample: Sample, max_new_tokens: int) -> Iterator[str]:
+        """The same by transformers' own loop, with nothing kept: for LLMs with recurrent states."""
         from transformers import TextIteratorStreamer
 
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_special_tokens=True)
@@ -74,7 +94,7 @@ class Assistant:
 
         work = Thread(target=generate, daemon=True)
         work.start()
-        yield from from_first_word(streamer)
+        yield from streamer
         work.join()
         if failed:
             raise failed[0]
@@ -144,13 +164,3 @@ def newest_stage(root: Path) -> Path | None:
     """The stage under `root` that finished last."""
     finished = sorted(root.rglob(FINISHED), key=lambda path: path.stat().st_mtime)
     return finished[-1].parent if finished else None
-
-
-def from_first_word(pieces: Iterable[str]) -> Iterator[str]:
-    """The same text without the blanks that many tokenizers put in front of its first word."""
-    started = False
-    for piece in pieces:
-        shown = piece if started else piece.lstrip()
-        started = started or bool(shown)
-        if shown:
-            yield shown

@@ -13,7 +13,8 @@ import torch
 from conftest import make_model, make_processor, make_sample, picture
 from mllm.data.collate import collate
 from mllm.data.packing import join
-from mllm.generate import Assistant, find_folder, from_first_word, newest_stage, stop_ids
+from mllm.decoding.words import from_first_word
+from mllm.generate import Assistant, find_folder, newest_stage, stop_ids
 from mllm.train.losses import model_inputs
 from mllm.types import Mark, Message, Sample
 

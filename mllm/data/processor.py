@@ -195,10 +195,18 @@ class Processor:
 
     def prompt(self, sample: Sample) -> Example:
         """The sample as a question: tokens up to where the assistant's next words begin, no labels."""
-        input_ids = chat.encode_prompt(self.tokenizer, self.marked(sample))
-        places = self.check_placeholders(sample, input_ids)
+        input_ids, places = self.asked(sample)
         input_ids = self.expand(input_ids, places, self.fitting(sample.images, places, None)[0])
         return self.example(sample, input_ids, [IGNORE_INDEX] * len(input_ids))
+
+    def asked(self, sample: Sample) -> tuple[list[int], list[int]]:
+        """The tokens of a question before its images are expanded, and where these stand.
+
+        Raises:
+            ValueError: placeholders and images differ.
+        """
+        input_ids = chat.encode_prompt(self.tokenizer, self.marked(sample))
+        return input_ids, self.check_placeholders(sample, input_ids)
 
     def instructions(self, sample: Sample) -> list[list[int]]:
         """For each image the tokens of the words of its own turn; none in the assistant's, whose words are answers."""

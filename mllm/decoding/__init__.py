@@ -1,0 +1,1 @@
+"""Greedy answers of one conversation, with what was computed for its earlier turns kept."""
