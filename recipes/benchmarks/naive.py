@@ -1,8 +1,8 @@
 """The way that is measured beside: LLaVA's training step as most people write it in plain PyTorch.
 
-Enters: the same parts and the same samples. Leaves: a loop that never ends. Sixteen samples a batch, padded on the
-right to the longest; pixels normalised by the workers and sent as float32; the LLM's own loss, which makes float32
-logits at every position; `loss.item()` in each step; activation checkpointing where asked for.
+Enters: the same parts and the same samples. Leaves: a loop without end, step by step. Sixteen samples a batch, padded
+on the right to the longest; pixels normalised by the workers and sent as float32; the LLM's own loss, which makes
+float32 logits at every position; `loss.item()` in each step; activation checkpointing where asked for.
 
 B samples, S tokens of the longest, V visual tokens, D width of the LLM.
 """
@@ -82,26 +82,13 @@ def order(samples: int, batch: int) -> Iterator[list[int]]:
 
 
 def loop(
-    llava: NaiveLlava,
-    samples: Samples,
-    device: torch.device,
-    rate: float,
-    batch: int = BATCH,
-    workers: int = 4,
-    bf16: bool = True,
-) -> None:
-    """Train until somebody ends it."""
+    llava: NaiveLlava, batches: Iterator[Batch], device: torch.device, rate: float, bf16: bool = True
+) -> Iterator[None]:
+    """A step each."""
     trained = [parameter for parameter in llava.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
-    loader: DataLoader[Any] = DataLoader(
-        samples,  # type: ignore[arg-type]
-        batch_sampler=order(len(samples), batch),
-        collate_fn=padded,
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-    )
-    for read in loader:
-        inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in read.items()}
+    for batch in batches:
+        inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             loss = llava(**inputs)
         loss.backward()
@@ -109,3 +96,16 @@ def loop(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         loss.item()
+        yield
+
+
+def read(samples: Samples, batch: int = BATCH, workers: int = 4) -> Iterator[Batch]:
+    """Padded batches, shuffled, without end."""
+    loader: DataLoader[Any] = DataLoader(
+        samples,
+        batch_sampler=order(len(samples), batch),  # type: ignore[arg-type]
+        collate_fn=padded,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+    )
+    return iter(loader)

@@ -12,9 +12,9 @@ from __future__ import annotations
 import contextlib
 import inspect
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from unittest import mock
 
 import torch
@@ -25,14 +25,14 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks.configurations import Configuration
 from benchmarks.drawn_training import DrawnIndex, DrawnProcessor
-from mllm.data.loader import DataConfig, batches
+from mllm.data.loader import DataConfig, PlannedBatches, Share, batches
 from mllm.data.plan import Plan
 from mllm.data.planning.advisor import MULTIPLE, advise, best
 from mllm.models.multimodal import MultimodalLM
 from mllm.train.loop import fit
 from mllm.train.losses import NextToken, model_inputs, num_supervised
 from mllm.train.optimizer import make_optimizer
-from mllm.train.route import deal, make_plan
+from mllm.train.route import make_plan
 from mllm.train.settings import TrainConfig
 from mllm.train.trainable import parameter_groups, set_mode
 from mllm.types import IGNORE_INDEX
@@ -44,7 +44,13 @@ SHORTEST, LONGEST = 3584, 8192
 HELD = 8
 """Batches that the bare loop goes round and round."""
 
-LookAt = Callable[[torch.nn.Module], None]
+
+class Watch(Protocol):
+    """Who looks on: a `Stopwatch`, or nobody."""
+
+    def look_at(self, objective: torch.nn.Module) -> None: ...
+
+    def loads(self, batches: Iterator[Any]) -> Iterator[Any]: ...
 
 
 def layout(lengths: Any, tokens: int) -> tuple[int, int]:
@@ -109,19 +115,22 @@ def loop(
     data: DataConfig,
     train: TrainConfig,
     device: torch.device,
-    look_at: LookAt,
+    watch: Watch,
     objective: type[NextToken] = NextToken,
 ) -> None:
-    """`fit`, until the stopwatch ends it; the objective that it makes is shown to the stopwatch."""
+    """`fit`, until somebody ends it; the objective and the batches that it makes are shown to the watch."""
 
     def made(model: MultimodalLM) -> NextToken:
-        look_at(own := objective(model))
+        watch.look_at(own := objective(model))
         return own
+
+    def read(*arguments: Any) -> Iterator[Any]:
+        return watch.loads(batches(*arguments))
 
     accelerator = accelerate(train, device)
     no_picture = mock.patch("mllm.train.metrics.draw_loss")
     try:
-        with mock.patch("mllm.train.loop.NextToken", made), no_picture:
+        with mock.patch("mllm.train.loop.NextToken", made), mock.patch("mllm.train.loop.batches", read), no_picture:
             plan: Any = plan_of(index, data, train)
             fit(accelerator, model, processor, index, plan, data, train)  # type: ignore[arg-type]
     finally:
@@ -129,39 +138,34 @@ def loop(
 
 
 def bare(
-    model: MultimodalLM,
-    index: DrawnIndex,
-    processor: DrawnProcessor,
-    data: DataConfig,
-    train: TrainConfig,
-    device: torch.device,
-    look_at: LookAt,
-) -> None:
-    """The same model and loss in five lines of PyTorch, on batches that are on the device already."""
+    model: MultimodalLM, held: list[tuple[dict[str, Any], int]], train: TrainConfig, objective: NextToken
+) -> Iterator[None]:
+    """The same model and loss in a few lines of PyTorch, on batches that are on the device already; a step each."""
     set_mode(model)
-    look_at(objective := NextToken(model))
     groups = parameter_groups(model, train.learning_rate, train.weight_decay)
     optimizer = make_optimizer(groups, train.optimizer)
     trained = [parameter for group in groups for parameter in group["params"]]
-    read = held_batches(index, processor, data, train, device)
-    held = [(model_inputs(batch, device), num_supervised(batch)) for batch in read]
     while True:
         for inputs, supervised in held:
-            with torch.autocast(device.type, torch.bfloat16, enabled=train.mixed_precision == "bf16"):
+            with torch.autocast(held_on(inputs), torch.bfloat16, enabled=train.mixed_precision == "bf16"):
                 loss = objective(**inputs)
             (loss / supervised).backward()
             torch.nn.utils.clip_grad_norm_(trained, train.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            yield
 
 
-def held_batches(
-    index: DrawnIndex, processor: DrawnProcessor, data: DataConfig, train: TrainConfig, device: torch.device
-) -> Iterator[Any]:
-    """The product's first ones."""
-    accelerator = accelerate(train, device)
-    dataset = deal(accelerator, index, plan_of(index, data, train), processor, train)  # type: ignore[arg-type]
-    return batches(dataset, 0, HELD, 0)
+def held_on(inputs: dict[str, Any]) -> str:
+    return str(inputs["input_ids"].device.type)
+
+
+def held(
+    index: DrawnIndex, processor: DrawnProcessor, plan: Plan, train: TrainConfig, device: torch.device
+) -> list[tuple[dict[str, Any], int]]:
+    """The first batches of the plan as the objective takes them, on the device, with their supervised tokens."""
+    dataset = PlannedBatches(index, plan, processor, Share(0, 1, train.rows_per_micro_batch))  # type: ignore[arg-type]
+    return [(model_inputs(batch, device), num_supervised(batch)) for batch in batches(dataset, 0, HELD, 0)]
 
 
 @contextlib.contextmanager

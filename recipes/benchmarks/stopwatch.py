@@ -14,17 +14,18 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-ROOMS = ("load, copy", "encoder", "connector", "LLM", "loss", "backward", "optimiser", "between")
-"""In the order of a step. `load, copy`: from the end of a step to where the model is called next; `between`:
-embeddings, splice, and what else lies between the parts."""
+ROOMS = ("load", "copy", "encoder", "connector", "LLM", "loss", "backward", "optimiser", "loop")
+"""In the order of a step; `loop` is what lies between: embeddings and splice, logging, the loop itself."""
 SYNCHRONISES = "called a synchronizing CUDA operation"
 """How torch warns of one."""
+
+T = TypeVar("T")
 
 
 class Enough(Exception):
@@ -52,6 +53,8 @@ class Stopwatch:
 
     budget: Budget
     device: torch.device
+    rooms: dict[str, nn.Module]
+    """The modules that are rooms of their own."""
     tick: Callable[[str], None] = lambda words: None
     ends: list[Any] = field(default_factory=list)
     """Moments at which the timed steps began and ended."""
@@ -111,7 +114,7 @@ class Stopwatch:
             self.recompiled = graphs() - self.graphs
             raise Enough
         self.tick(f"{self.phase} {self.done}")
-        self.mark("load, copy")
+        self.mark("loop")
 
     def enter(self, phase: str) -> None:
         self.phase, self.done = phase, 0
@@ -126,14 +129,25 @@ class Stopwatch:
         if self.phase == "rooms":
             self.marks.append((room, self.moment()))
 
-    def look_at(self, objective: nn.Module, rooms: dict[str, nn.Module]) -> None:
+    def loads(self, batches: Iterator[T]) -> Iterator[T]:
+        """The batches, each with a mark before it is asked for and behind."""
+        while True:
+            self.mark("load")
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self.mark("copy")
+            yield batch
+
+    def look_at(self, objective: nn.Module) -> None:
         """Hooks on the module whose call ends with the loss, and on those inside it."""
         self.handles += [
-            objective.register_forward_pre_hook(lambda *_: self.mark("between")),
+            objective.register_forward_pre_hook(lambda *_: self.mark("loop")),
             objective.register_forward_hook(lambda *_: self.mark("backward")),
         ]
-        for name, module in rooms.items():
-            after = "loss" if name == "LLM" else "between"
+        for name, module in self.rooms.items():
+            after = "loss" if name == "LLM" else "loop"
             self.handles.append(module.register_forward_pre_hook(lambda *_, name=name: self.mark(name)))
             self.handles.append(module.register_forward_hook(lambda *_, after=after: self.mark(after)))
 

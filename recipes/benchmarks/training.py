@@ -9,9 +9,8 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -105,7 +104,7 @@ def one(row: Configuration, budget: Budget, device: torch.device, say: Say, toke
     side, vocabulary = ENCODERS[row.encoder][1]["image_size"], LLMS[row.llm]["vocab_size"]
     drawing = Drawing(row.kind, model.vision_encoder.num_patches, side, vocabulary)
     index, processor = draw(drawing)
-    watch = Stopwatch(budget, device, lambda words: say(f"{row.name}: {words}"))
+    watch = Stopwatch(budget, device, rooms(model), lambda words: say(f"{row.name}: {words}"))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     run = naive_run if row.way == "naive" else product_run
@@ -132,9 +131,10 @@ def naive_run(
     normalisation = model.vision_encoder.normalisation
     assert normalisation is not None
     samples = naive.Samples(index, processor, normalisation)
-    watch.look_at(llava, rooms(model))
+    watch.look_at(llava)
+    batches = watch.loads(naive.read(samples, batch, workers(device)))
     with watch.running():
-        naive.loop(llava, samples, device, 1e-3, batch, workers(device), bf16=device.type == "cuda")
+        exhaust(naive.loop(llava, batches, device, 1e-3, bf16=device.type == "cuda"))
 
     def numbers(first: int, steps: int) -> list[Any]:
         shuffled = naive.order(len(index), batch)
@@ -160,13 +160,13 @@ def product_run(
         data = product.data_settings(length, workers(device))
         plan = product.plan_of(index, data, train)
         shape = {"seq_length": length, "rows": number, "fill": plan.fill()}
-        look_at = partial(watch.look_at, rooms=rooms(model))
-        everything = model, index, processor, data, train, device, look_at
+        objective = product.AllLogits if row.full_logits else product.NextToken
         with watch.running():
             if row.way == "bare":
-                product.bare(*everything)
-            else:
-                product.loop(*everything, product.AllLogits if row.full_logits else product.NextToken)
+                held = product.held(index, processor, plan, train, device)
+                watch.look_at(own := objective(model))
+                exhaust(product.bare(model, held, train, own))
+            product.loop(model, index, processor, data, train, device, watch, objective)
     steps = product.HELD if row.way == "bare" else product.STEPS
 
     def numbers(first: int, count: int) -> list[Any]:
@@ -188,6 +188,12 @@ def attention(row: Configuration) -> str:
 
 def dtype_on(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def exhaust(steps: Iterator[None]) -> None:
+    """Take steps until somebody ends them."""
+    for _ in steps:
+        pass
 
 
 def rooms(model: MultimodalLM) -> dict[str, Any]:
@@ -243,7 +249,7 @@ def ceiling(device: torch.device) -> float:
     side, times = (GEMM, 30) if device.type == "cuda" else (1024, 5)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    watch = Stopwatch(Budget(), device)
+    watch = Stopwatch(Budget(), device, {})
     out = left @ right
     for _ in range(times):
         torch.mm(left, right, out=out)
