@@ -25,6 +25,8 @@ PICTURES = 64
 """Different ones; a sample has the one that its number says."""
 TEMPLATE = 6
 """Tokens of a caption's text that the template adds and nobody learns."""
+SHORTEST = 4
+"""Tokens of a text, however it is shrunk."""
 SUPERVISED = {"captions": lambda text: np.maximum(1, text - TEMPLATE), "instruct": lambda text: text // 2}
 """Tokens of the answers: all of a caption, half of a conversation."""
 
@@ -42,6 +44,8 @@ class Drawing:
     """Its last token is the placeholder."""
     samples: int = 4096
     seed: int = 0
+    shrink: int = 1
+    """Texts are so many times shorter than in the mix: for a CPU, with as many times fewer visual tokens."""
 
 
 class DrawnProcessor:
@@ -53,7 +57,8 @@ class DrawnProcessor:
         self.num_visual_tokens, self.image_token_id = drawing.visual_tokens, drawing.vocabulary - 1
         self.pixel_shape = (3, drawing.side, drawing.side)
         self.drawing = drawing
-        self.text, self.has_image = conversations(drawing.kind, drawing.visual_tokens, drawing.samples, drawing.seed)
+        text, self.has_image = conversations(drawing.kind, drawing.samples, drawing.seed)
+        self.text = np.maximum(SHORTEST, text // drawing.shrink)
         self.supervised = SUPERVISED[drawing.kind](self.text)
 
     @cached_property

@@ -41,9 +41,8 @@ CONVERSATIONS = {"captions": (1.0, 27, 0.35, 120), "instruct": (0.94, 180, 0.8, 
 """Of a mix for training: the share of samples with an image, and the texts as `text` takes them."""
 
 
-def conversations(kind: str, visual_tokens: int, number: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """`number` samples of a mix beside an encoder of so many visual tokens: tokens of their texts [number], and
-    whether each has an image [number]."""
+def conversations(kind: str, number: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """`number` samples of a mix for training: the tokens of their texts [number], and whether each has an image."""
     share, *texts = CONVERSATIONS[kind]
     rng = np.random.default_rng(seed)
     return text(rng, number, *texts), rng.random(number) < share

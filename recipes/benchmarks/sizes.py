@@ -33,12 +33,13 @@ def qwen(hidden: int, intermediate: int, layers: int, heads: int, **own: Any) ->
 
 LLMS = {
     "tiny": qwen(64, 176, 2, 4, vocab_size=2048),
+    "small": qwen(128, 352, 4, 4, vocab_size=2048),
     "0.5B": qwen(896, 4864, 24, 14),
     "1.5B": qwen(1536, 8960, 28, 12),
     "3B": qwen(2048, 11008, 36, 16),
     "7B": qwen(3584, 18944, 28, 28, num_key_value_heads=4, vocab_size=152064, tie_word_embeddings=False),
 }
-"""Qwen2.5 by size, and one for CPUs."""
+"""Qwen2.5 by size, and two for CPUs."""
 
 
 def vit(hidden: int, intermediate: int, layers: int, heads: int, side: int) -> dict[str, int]:
@@ -48,10 +49,11 @@ def vit(hidden: int, intermediate: int, layers: int, heads: int, side: int) -> d
 
 ENCODERS = {
     "tiny": ("siglip_vision_model", vit(64, 128, 3, 4, 56)),
+    "small": ("siglip_vision_model", vit(64, 128, 3, 4, 112)),
     "so400m-384": ("siglip_vision_model", vit(1152, 4304, 27, 16, 384)),
     "clip-l-336": ("clip_vision_model", vit(1024, 4096, 24, 16, 336)),
 }
-"""Architecture and sizes; 16, 729 and 576 patches."""
+"""Architecture and sizes; 16, 64, 729 and 576 patches."""
 NORMALISATIONS = {
     "siglip_vision_model": Normalisation(1 / 255, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "clip_vision_model": Normalisation(
