@@ -60,29 +60,40 @@ def train(
     minutes: float = 9.0,
     quick: bool = False,
     only: Annotated[list[str] | None, tyro.conf.arg(metavar="NAME")] = None,
+    pairs: int = 25,
 ) -> None:
-    """A step of training, stage by stage, beside the naive padded way: real tokens a second, MFU, memory, rooms.
+    """A step of training beside the naive padded way: real tokens a second, MFU, memory, room by room.
 
-    Models of real sizes with random weights, on noise; written down after each configuration. On a CPU the sizes are
-    tiny, and say nothing.
+    On a GPU: models of real sizes with random weights, on noise; written down after each configuration. On a CPU: a
+    small model, of which ratios are told and what can be counted, since its speed says nothing.
 
     Args:
         json_path: File to write the numbers to.
-        minutes: Time for all of it; each configuration gets its share of what is left.
-        quick: Few steps of each.
-        only: Configurations to measure, by name or its beginning; all where none is named.
+        minutes: On a GPU, time for all of it; each configuration gets its share of what is left.
+        quick: On a GPU, few steps of each.
+        only: On a GPU, the configurations to measure, by name or its beginning; all where none is named.
+        pairs: On a CPU, steps of each way, in turn with the others.
     """
-    if minutes <= 0:
-        sys.exit(f"--minutes is {minutes}: give a positive number")
+    for name, value in {"minutes": minutes, "pairs": pairs}.items():
+        if value <= 0:
+            sys.exit(f"--{name} is {value}: give a positive number")
     quiet_libraries()
-    from benchmarks import training
-    from benchmarks.training_report import rate_table as rates
-    from benchmarks.training_report import room_table
+    import torch
 
-    screen = Console(stderr=True)
-    with screen.status("starting") as status:
-        found = training.measure(only, minutes, quick, partial(write, json_path), status.update)
-    finish(Console(width=None if sys.stdout.isatty() else 160), [rates(found), room_table(found)], found, json_path)
+    from benchmarks import training_report as report
+
+    has_gpu = torch.cuda.is_available()
+    with Console(stderr=True).status("starting") as status:
+        if has_gpu:
+            from benchmarks import training
+
+            found = training.measure(only, minutes, quick, partial(write, json_path), status.update)
+        else:
+            from benchmarks import ratios
+
+            found = {"ratios": ratios.measure(pairs, status.update)}
+    tables = [report.rate_table(found), report.room_table(found)] if has_gpu else [report.ratio_table(found)]
+    finish(Console(width=None if sys.stdout.isatty() else 160), tables, found, json_path)
 
 
 def write(json_path: Path | None, found: dict[str, Any]) -> None:

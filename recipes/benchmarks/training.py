@@ -45,29 +45,42 @@ def measure(
     quick: bool,
     write: Callable[[dict[str, Any]], None],
     say: Say,
+    device: torch.device | None = None,
 ) -> dict[str, Any]:
-    """The rows whose names begin so, or all; `write` is handed what is known after each."""
+    """The rows whose names begin so, or all; `write` is handed what is known after each.
+
+    Raises:
+        ValueError: no configuration has such a name.
+    """
     began = time.perf_counter()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows = [row for row in configurations() if only is None or row.name.startswith(tuple(only))]
+    device = device or torch.device("cuda")
+    rows = chosen(only)
     if device.type == "cpu":
         rows = [tiny(row) for row in rows]
     say("the ceiling of matrix products")
     found: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "minutes": minutes, "quick": quick}
     found |= {"ceiling": ceiling(device), "peak": peak_flops(device, torch.bfloat16), "rows": {}}
     for place, row in enumerate(rows):
-        left = minutes * 60 - (time.perf_counter() - began)
-        if left < LEAST_SECONDS:
-            found["rows"][row.name] = {**asdict(row), "error": f"no time left of --minutes {minutes:g}"}
-            continue
-        budget = Budget(seconds=SHARE * left / (len(rows) - place))
-        if quick:
-            budget = Budget(warm_up=4, steps=8, seconds=budget.seconds, rooms=2, syncs=1)
         start = time.perf_counter()
-        numbers = attempt(row, budget, device, say, TOKENS if device.type == "cuda" else TINY_TOKENS)
+        left = minutes * 60 - (start - began)
+        if left < LEAST_SECONDS:
+            numbers: dict[str, Any] = {"error": f"no time left of --minutes {minutes:g}"}
+        else:
+            budget = Budget(seconds=SHARE * left / (len(rows) - place))
+            budget = replace(budget, warm_up=4, steps=8, rooms=2, syncs=1) if quick else budget
+            numbers = attempt(row, budget, device, say, TOKENS if device.type == "cuda" else TINY_TOKENS)
         found["rows"][row.name] = {**asdict(row), **numbers, "wall_seconds": time.perf_counter() - start}
         write(found)
     return found
+
+
+def chosen(only: Sequence[str] | None) -> list[Configuration]:
+    """Those whose names begin so; all where none is named."""
+    known = configurations()
+    rows = [row for row in known if only is None or row.name.startswith(tuple(only))]
+    if not rows:
+        raise ValueError(f"no configuration begins with {only}: there are {', '.join(row.name for row in known)}")
+    return rows
 
 
 def tiny(row: Configuration) -> Configuration:

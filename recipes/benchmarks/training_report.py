@@ -67,6 +67,29 @@ def room_lines(found: dict[str, Any]) -> list[Cells]:
 ROOM_HEADS = ("ms a step", "all", *ROOMS, "syncs", "recompiled")
 
 
+RATIOS = {
+    "ours_over_bare": ("our loop with its loader / a bare loop without", "at most 1.05"),
+    "padded_over_packed": ("padded / packed, a real token", "at least 1.2"),
+    "all_logits_over_supervised": ("all logits / those of supervised rows", "at least 1.03"),
+}
+"""What each ratio compares, and what is asked of it."""
+RATIO_HEADS = ("CPU time", "median", "pairs from - to", "asked for")
+
+
+def ratio_lines(found: dict[str, Any]) -> list[Cells]:
+    """The cells under `RATIO_HEADS`."""
+    shown = {name: found["ratios"][name] for name in RATIOS}
+    return [
+        [words, f"{shown[name]['median']:.2f}", f"{shown[name]['least']:.2f} - {shown[name]['greatest']:.2f}", asked]
+        for name, (words, asked) in RATIOS.items()
+    ]
+
+
+def ratio_table(found: dict[str, Any]) -> Table:
+    """For the screen."""
+    return screen(f"the small model on this CPU, {found['ratios']['pairs']} pairs", RATIO_HEADS, ratio_lines(found))
+
+
 def rate_table(found: dict[str, Any]) -> Table:
     """For the screen."""
     return screen("stage 1 and 2: real tokens a second", HEADS, lines(found))

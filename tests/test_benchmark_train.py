@@ -1,0 +1,174 @@
+"""The benchmark of training measures what it says: the same samples and the same loss in every way."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+sys.path.append(str(RECIPES))
+
+from benchmarks import naive, product, ratios, training  # noqa: E402
+from benchmarks.configurations import configurations, default, stage_1, stage_2  # noqa: E402
+from benchmarks.drawn_training import Drawing, draw  # noqa: E402
+from benchmarks.sizes import LLMS, draw_model  # noqa: E402
+from benchmarks.stopwatch import ROOMS, Budget, Enough, Stopwatch  # noqa: E402
+from benchmarks.training_report import HEADS, lines, room_lines  # noqa: E402
+from mllm.data.loader import PlannedBatches, Share, batches  # noqa: E402
+from mllm.data.plan import Plan  # noqa: E402
+from mllm.train.forecasting.flops import needed  # noqa: E402
+from mllm.train.losses import model_inputs, num_supervised  # noqa: E402
+from mllm.train.trainable import choose_trainable  # noqa: E402
+
+CPU = torch.device("cpu")
+DRAWING = Drawing("instruct", 16, 56, LLMS["tiny"]["vocab_size"], samples=64, shrink=16)
+ROW = replace(default("1.5B"), llm="tiny", encoder="tiny", attention="sdpa", compiled=False)
+
+
+def first_batches(number: int = 2) -> tuple[Any, list[list[int]], list[Any]]:
+    """Index, the samples of each step, the product's batches."""
+    index, processor = draw(DRAWING)
+    plan = Plan.from_lengths(index.length.tolist(), 256, rows_per_step=2)
+    dataset = PlannedBatches(index, plan, processor, Share(0, 1, 2))  # type: ignore[arg-type]
+    samples = [[sample for row in plan.rows(step) for sample in row] for step in range(number)]
+    return index, samples, list(batches(dataset, 0, number, 0))
+
+
+def model() -> Any:
+    built = draw_model("tiny", "tiny", CPU, torch.float32)
+    choose_trainable(built, ROW.rates, None)
+    return built
+
+
+def test_a_drawn_sample_is_as_long_as_its_index_says() -> None:
+    index, processor = draw(DRAWING)
+    for number in range(len(index)):
+        sample = index.sample(number)
+        input_ids, labels = processor.tokens(sample)
+        assert len(input_ids) == len(labels) == index.length[number]
+        assert sum(label >= 0 for label in labels) == index.supervised[number]
+        assert input_ids.count(processor.image_token_id) == 16 * index.images[number]
+    assert draw(DRAWING)[1].tokens(index.sample(7)) == processor.tokens(index.sample(7))
+
+
+def test_the_work_of_samples_is_the_work_of_their_batches() -> None:
+    index, samples, read = first_batches()
+    for numbers, batch in zip(samples, read, strict=True):
+        assert training.work_of(index, numbers) == needed(batch)
+
+
+def test_the_naive_loss_is_the_product_s_loss() -> None:
+    own = model()
+    index, samples, read = first_batches(1)
+    data = naive.Samples(index, draw(DRAWING)[1], own.vision_encoder.normalisation)
+    padded = naive.padded([data[number] for number in samples[0]])
+    mean = naive.NaiveLlava(own)(**padded)
+    inputs, supervised = model_inputs(read[0], CPU), num_supervised(read[0])
+    torch.testing.assert_close(product.NextToken(own)(**inputs) / supervised, mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(product.AllLogits(own)(**inputs) / supervised, mean, rtol=1e-5, atol=1e-6)
+
+
+def test_every_configuration_has_a_name_of_its_own_and_one_beside_it() -> None:
+    names = [row.name for row in configurations()]
+    assert max(Counter(names).values()) == 1
+    known = {row.name for llm in ("1.5B", "7B") for row in (*stage_1(llm), *stage_2(llm))}
+    assert known == set(names) - {"B4 0.5B", "B4 3B"}
+    assert all(row.beside in ("", *names) for row in configurations())
+
+
+def test_what_fails_says_so_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def draw_some(llm: str, *arguments: Any) -> nn.Module:
+        if not told:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate much")
+        return draw_model(llm, *arguments)
+
+    told: list[int] = []
+    monkeypatch.setattr(training, "draw_model", draw_some)
+    budget = Budget(warm_up=1, steps=2, rooms=1, syncs=1)
+    monkeypatch.setattr(training, "Budget", lambda **_: budget)
+    monkeypatch.setattr(training, "TINY_TOKENS", 128)
+    found = training.measure(
+        ["B4 1.5B", "U 1.5B"], 1.0, False, lambda found: told.append(len(found["rows"])), lambda words: None, CPU
+    )
+    assert told == [1, 2]
+    assert found["rows"]["B4 1.5B"]["error"] == "out of memory"
+    row = found["rows"]["U 1.5B"]
+    assert row["steps"] == 2
+    assert row["tokens_per_second"] > 0
+    assert row["recompiled"] == 0
+    assert [len(line) for line in lines(found)] == [len(HEADS)] * 2
+    assert len(room_lines(found)) == 1
+
+
+def test_the_naive_way_gets_half_the_batch_where_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+
+    def one(*arguments: Any) -> dict[str, Any]:
+        tried.append(arguments[-1])
+        if arguments[-1] > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return {"batch": arguments[-1]}
+
+    monkeypatch.setattr(training, "one", one)
+    rows = [stage_2("7B")[1], default("7B")]
+    answers = [training.attempt(row, Budget(), CPU, lambda words: None, 128) for row in rows]
+    assert tried == [16, 8, 4, 16]
+    assert answers == [{"batch": 4}, {"error": "out of memory"}]
+
+
+def test_the_rooms_of_a_step_make_up_the_step() -> None:
+    parts = nn.ModuleDict({"encoder": nn.Linear(4, 4), "LLM": nn.Linear(4, 4)})
+    whole = nn.Sequential(parts["encoder"], parts["LLM"])
+    optimizer = torch.optim.SGD(whole.parameters(), lr=0.1)
+    watch = Stopwatch(Budget(warm_up=3, steps=4, rooms=5, syncs=1), CPU, dict(parts))
+    watch.look_at(whole)
+    steps = 0
+    with watch.running():
+        for _ in watch.loads(iter(range(100))):
+            whole(torch.ones(1, 4)).sum().backward()
+            optimizer.step()
+            steps += 1
+    assert steps == 3 + 4 + 5  # the last one ends it
+    assert (watch.warmed_up, len(watch.step_seconds())) == (3, 4)
+    spent = watch.room_seconds()
+    assert set(spent) == set(ROOMS) - {"connector"}
+    began, ended = watch.marks[0][1], watch.marks[-1][1]
+    assert sum(spent.values()) == pytest.approx((ended - began) / 5)
+
+
+def test_enough_leaves_no_hook_behind() -> None:
+    part = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(part.parameters(), lr=0.1)
+    watch = Stopwatch(Budget(warm_up=1, steps=1, rooms=1, syncs=1), CPU, {})
+    with watch.running():
+        raise Enough
+    optimizer.step()
+    assert watch.done == 0
+
+
+def test_all_ways_take_turns_with_fit() -> None:
+    seconds = ratios.take_turns(1, lambda words: None)
+    assert {name: len(each) for name, each in seconds.items()} == dict.fromkeys(
+        ("ours", "bare", "all logits", "padded"), 1
+    )
+    assert all(each[0] > 0 for each in seconds.values())
+
+
+def test_on_a_cpu_ratios_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alike = {"ours": [2.0, 2.2], "bare": [2.0, 2.0], "all logits": [3.0, 2.4], "padded": [4.0, 3.0]}
+    monkeypatch.setattr(ratios, "take_turns", lambda pairs, say: alike)
+    path = tmp_path / "out.json"
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "train", "--json", str(path), "--pairs", "2"])
+    runpy.run_path(str(RECIPES / "benchmark.py"), run_name="__main__")
+    found = json.loads(path.read_text())["ratios"]
+    assert found["ours_over_bare"] == {"median": 1.05, "least": 1.0, "greatest": 1.1}
+    assert found["padded_over_packed"]["median"] == 1.75
