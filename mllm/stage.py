@@ -27,9 +27,10 @@ from mllm.data.streams.plan import StreamPlan
 from mllm.data.streams.reader import Stream
 from mllm.inherit import take_over
 from mllm.models.attention import check_isolation, check_rotation
-from mllm.models.build import ModelConfig, build_model, check_llm, named, visual_tokens_per_image
+from mllm.models.build import ModelConfig, attention_of, build_model, check_llm, named, visual_tokens_per_image
 from mllm.models.deferred import CannotDefer, empty_llm
 from mllm.models.multimodal import MultimodalLM
+from mllm.models.packed.choice import check_attention
 from mllm.output import check_output, remove
 from mllm.quiet import quiet_libraries
 from mllm.reload import check_reload
@@ -122,7 +123,7 @@ def build(accelerator: Accelerator, config: RunConfig, processor: Processor) -> 
 def is_heavy(parts: ModelConfig, device: torch.device) -> bool:
     """Is the LLM too large to be tried here, only to tell what it needs? Then its config alone is read."""
     try:
-        weights = sum(map(size, empty_llm(parts.llm, getattr(torch, parts.dtype), parts.attention).parameters()))
+        weights = sum(map(size, empty_llm(parts.llm, getattr(torch, parts.dtype), attention_of(parts)).parameters()))
     except CannotDefer:
         return False
     return weights > (HEAVY if device.type == "cpu" else memory_for(device))
@@ -169,6 +170,7 @@ def check_run(
     plan: Plan | StreamPlan,
 ) -> None:
     """Tell the run before its first step; stop it where data or labels are wrong."""
+    check_attention(config.parts().attention, model.llm, accelerator.device)
     if config.data.packing:
         check_isolation(model.llm)
     if config.data.packing or config.train.rows_per_micro_batch > 1:

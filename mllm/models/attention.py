@@ -64,8 +64,9 @@ def check_rotation(llm: Any, longest: int) -> None:
         )
 
 
-def shrunk_twin(llm: Any) -> Any:
-    """An LLM of the same config, drawn at random and without its many layers and words: of each kind of layer one."""
+def shrunk_twin(llm: Any, **changes: Any) -> Any:
+    """An LLM of the same config, drawn at random and without its many layers and words: of each kind of layer one.
+    `changes` are made to its config."""
     from transformers import AutoModelForCausalLM
 
     config = copy.deepcopy(llm.config)
@@ -78,6 +79,8 @@ def shrunk_twin(llm: Any) -> Any:
     text.vocab_size, text.pad_token_id = 8, None  # the check looks at hidden states alone
     if isinstance(getattr(text, "intermediate_size", None), int):
         text.intermediate_size = 8  # in an MLP no position meets another
+    for name, value in changes.items():
+        setattr(text, name, value)
     with torch.random.fork_rng():
         return AutoModelForCausalLM.from_config(
             config, dtype=llm.dtype, attn_implementation=config._attn_implementation

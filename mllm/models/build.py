@@ -20,6 +20,7 @@ from mllm.models.connectors import ConnectorConfig, MLPConnector
 from mllm.models.deferred import CannotDefer, deferred_llm
 from mllm.models.fused_encoder import FusedEncoder
 from mllm.models.multimodal import MultimodalLM
+from mllm.models.packed.choice import Attention, implementation
 from mllm.models.quantised import check_installed, keep_layout, quantisation_config, quantise
 from mllm.models.vision_encoder import VisionEncoder
 from mllm.models.vision_grid import Grid, common_grids, grid, takes_any_size, vision_config
@@ -43,8 +44,10 @@ class ModelConfig(Schema):
     by side (VipLlava: -2, -5, -8, -11, 6)."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the frozen weights. What trains is kept in float32."""
-    attention: Literal["sdpa", "eager"] = "sdpa"
-    """The LLM's attention kernel; both isolate packed samples."""
+    attention: Attention = "auto"
+    """The LLM's attention kernel; all isolate packed samples. `varlen` (torch's own, of FlashAttention), `flash`
+    (flash-attn) and `flex` (FlexAttention) compute no pairs of tokens of different samples, on CUDA devices; `sdpa` and
+    `eager` run anywhere. `auto` takes the first of these that the machine and the LLM can: on a CPU sdpa."""
     quantisation: Literal["nf4"] | None = None
     """Four bits a weight for the LLM's linear layers (NF4, bitsandbytes): a frozen LLM, or QLoRA with `train.lora`."""
     random_weights: bool = False
@@ -141,17 +144,17 @@ def load_llm(config: ModelConfig, deferred: bool = False) -> Any:
     if config.quantisation:
         check_installed()
     with named("LLM", config.llm):
-        dtype = getattr(torch, config.dtype)
+        dtype, attention = getattr(torch, config.dtype), attention_of(config)
         if deferred:
             try:
                 if config.quantisation:
                     raise CannotDefer("model.quantisation packs whole weights")
-                return deferred_llm(config.llm, dtype, config.attention, config.random_weights)
+                return deferred_llm(config.llm, dtype, attention, config.random_weights)
             except CannotDefer as reason:
                 llm = load_llm(config)
                 llm.whole_because = str(reason)
                 return llm
-        options: dict[str, Any] = {"dtype": dtype, "attn_implementation": config.attention}
+        options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
         if config.random_weights:
             drawn = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.llm), **options)
             if config.quantisation:
@@ -162,6 +165,13 @@ def load_llm(config: ModelConfig, deferred: bool = False) -> Any:
         llm = AutoModelForCausalLM.from_pretrained(config.llm, **options)
         keep_layout(llm)
         return llm
+
+
+def attention_of(config: ModelConfig) -> str:
+    """As transformers calls it."""
+    from transformers import AutoConfig
+
+    return implementation(config.attention, AutoConfig.from_pretrained(config.llm))
 
 
 @contextlib.contextmanager

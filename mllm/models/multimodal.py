@@ -4,7 +4,8 @@ Enters: tokens with placeholders [B, S], their positions [B, S], images [N, 3, H
 states [B, S, D]; what they mean (a loss, the next token) is the business of who asked.
 
 Packed rows are isolated by their positions alone: no attention mask and no cache is how transformers recognises that
-a row holds several samples. An all-ones mask or a cache would let them see each other without any error.
+a row holds several samples. An all-ones mask or a cache would let them see each other without any error. For kernels
+that are told where each sample begins, that is derived from the same positions (`packed/boundaries.py`).
 
 B rows, S tokens of a row, N images, P patches, V visual tokens an image, Dv D widths of encoder and LLM.
 """
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from mllm.models.feature_cache import FeatureCache
 from mllm.models.fused_encoder import FusedEncoder
 from mllm.models.head import scaled
+from mllm.models.packed.boundaries import Boundaries
+from mllm.models.packed.choice import packed_mask
 from mllm.models.splice import splice
 from mllm.models.vision_encoder import VisionEncoder
 
@@ -44,15 +47,23 @@ class MultimodalLM(nn.Module):
         pixel_values: Tensor,
         num_images: int,
         instruction_ids: Tensor | None = None,
+        slots: Tensor | None = None,
+        samples: Boundaries | None = None,
     ) -> Tensor:
         """[B, S], [B, S], [max(N, 1), 3, H, W], [N, T] -> hidden states [B, S, D].
+
+        What the host knows already, a device need not be asked: the places of the placeholders in all rows, `slots`
+        [N * V], and the boundaries of the samples.
 
         Raises:
             ValueError: placeholders and visual tokens differ in number.
         """
-        embeddings = self.embed(input_ids, self.visual_tokens(pixel_values, instruction_ids), num_images)  # [B, S, D]
+        visual_tokens = self.visual_tokens(pixel_values, instruction_ids)  # [N, V, D]
+        embeddings = self.embed(input_ids, visual_tokens, num_images, slots)  # [B, S, D]
+        mask = packed_mask(self.llm, embeddings, position_ids, samples)
         decoder = self.llm.get_decoder()
-        return decoder(inputs_embeds=embeddings, position_ids=position_ids, use_cache=False).last_hidden_state
+        options = {"attention_mask": mask, "position_ids": position_ids, "use_cache": False}
+        return decoder(inputs_embeds=embeddings, **options).last_hidden_state
 
     def visual_tokens(self, pixel_values: Tensor, instruction_ids: Tensor | None = None) -> Tensor:
         """[N, 3, H, W] -> [N, V, D], through encoder and connector; instructions [N, T] for one that reads them."""
@@ -71,7 +82,7 @@ class MultimodalLM(nn.Module):
             return self.feature_cache(self.vision_encoder, pixel_values)
         return self.vision_encoder(pixel_values)
 
-    def embed(self, input_ids: Tensor, visual_tokens: Tensor, num_images: int) -> Tensor:
+    def embed(self, input_ids: Tensor, visual_tokens: Tensor, num_images: int, slots: Tensor | None = None) -> Tensor:
         """Token embeddings with the visual tokens in their slots [B, S, D].
 
         Without images `visual_tokens` come of a blank one; they are added with weight zero, so that every rank runs
@@ -80,11 +91,10 @@ class MultimodalLM(nn.Module):
         is_placeholder = input_ids == self.image_token_id  # [B, S]
         # the placeholder needs no row of its own in the embedding table: what is looked up for it is overwritten
         embeddings = self.llm.get_input_embeddings()(input_ids.masked_fill(is_placeholder, 0))  # [B, S, D]
+        places = is_placeholder if slots is None else slots
         if num_images == 0:
-            return splice(embeddings, is_placeholder, visual_tokens[:0]) + 0.0 * visual_tokens.sum().to(
-                embeddings.dtype
-            )
-        return splice(embeddings, is_placeholder, visual_tokens)
+            return splice(embeddings, places, visual_tokens[:0]) + 0.0 * visual_tokens.sum().to(embeddings.dtype)
+        return splice(embeddings, places, visual_tokens)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """[..., D] -> [..., vocabulary]: the LLM's head with the scale or cap that its family puts behind it."""

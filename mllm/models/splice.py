@@ -1,6 +1,6 @@
 """Visual tokens take the places that the processor kept for them.
 
-Enters: token embeddings [B, S, D], where the placeholders are [B, S], visual tokens [N, V, D]. Leaves: embeddings
+Enters: token embeddings [B, S, D], the places of the placeholders, visual tokens [N, V, D]. Leaves: embeddings
 [B, S, D] with the visual tokens in their slots, in order of appearance. Pure; the two counts are compared before
 anything is copied.
 
@@ -9,20 +9,29 @@ B rows, S tokens of a row, N images, V visual tokens an image, D width of the LL
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
-def splice(embeddings: Tensor, is_placeholder: Tensor, visual_tokens: Tensor) -> Tensor:
+def splice(embeddings: Tensor, places: Tensor, visual_tokens: Tensor) -> Tensor:
     """Overwrite placeholder embeddings with visual tokens; gradients flow into both arguments' surviving parts.
+
+    `places` are the slots as numbers [N * V] int64, counted through all rows, or marked [B, S] bool. A device
+    that holds marks is waited for.
 
     Raises:
         ValueError: there are more or fewer placeholders than visual tokens.
     """
-    slots, tokens = int(is_placeholder.sum()), visual_tokens.shape[0] * visual_tokens.shape[1]
-    if slots != tokens:
+    slots = slot_numbers(places) if places.dtype == torch.bool else places
+    flat = visual_tokens.flatten(0, 1).to(embeddings.dtype)  # [N * V, D]
+    if len(slots) != len(flat):
         raise ValueError(
-            f"{slots} placeholder slots in the text but {tokens} visual tokens "
+            f"{len(slots)} placeholder slots in the text but {len(flat)} visual tokens "
             f"({visual_tokens.shape[0]} images of {visual_tokens.shape[1]}): the processor and the connector disagree"
         )
-    flat = visual_tokens.flatten(0, 1).to(embeddings.dtype)  # [N * V, D]
-    return embeddings.masked_scatter(is_placeholder.unsqueeze(-1), flat)  # [B, S, D]
+    return embeddings.flatten(0, 1).index_copy(0, slots, flat).view_as(embeddings)  # [B, S, D]
+
+
+def slot_numbers(is_placeholder: Tensor) -> Tensor:
+    """[B, S] bool -> the numbers of the marked ones [N * V] int64."""
+    return is_placeholder.flatten().nonzero().flatten()

@@ -9,11 +9,11 @@ B rows, S tokens of a row, D width of the LLM, K supervised positions of the mic
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 
 from mllm.models.multimodal import MultimodalLM
 from mllm.types import IGNORE_INDEX, Batch
@@ -42,15 +42,36 @@ class NextToken(nn.Module):
         reduction: Reduction = "token",
         each: bool = False,
         instruction_ids: Tensor | None = None,
+        chosen: Supervision | None = None,
+        **known: Any,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Weighted sum of the loss over the K supervised tokens, a float32 scalar; 0 with a gradient of 0 where K is
-        0. With `each` also the loss of each supervised token [K] float32, unweighted and without a gradient."""
-        hidden_states = self.model(input_ids, position_ids, pixel_values, num_images, instruction_ids)  # [B, S, D]
-        where, targets = supervised(labels)
-        logits = self.model.logits(hidden_states[:, :-1][where])  # [K, vocabulary]
+        0. With `each` also the loss of each supervised token [K] float32, unweighted and without a gradient.
+        What is `known` of a micro-batch before it is computed spares its device a wait (`inputs.py`)."""
+        hidden_states = self.model(input_ids, position_ids, pixel_values, num_images, instruction_ids, **known)
+        at, targets, weight = chosen or supervision(labels, position_ids, reduction)
+        logits = self.model.logits(hidden_states.flatten(0, 1).index_select(0, at))  # [K, vocabulary]
         losses = cross_entropy(logits.float(), targets, reduction="none")  # [K]
-        summed = (losses * weights(labels, position_ids, reduction)).sum()
+        summed = (losses * weight).sum()
         return (summed, losses.detach()) if each else summed
+
+
+class Supervision(NamedTuple):
+    """The supervised positions of a micro-batch."""
+
+    at: Tensor
+    """[K] int64: the positions that predict, counted through all rows."""
+    targets: Tensor
+    """[K] int64: what they predict."""
+    weights: Tensor
+    """[K] float32: what each counts."""
+
+
+def supervision(labels: Tensor, position_ids: Tensor, reduction: Reduction) -> Supervision:
+    """Of labels that nobody has shifted."""
+    where, targets = supervised(labels)
+    at = pad(where, (0, 1)).flatten().nonzero().flatten()
+    return Supervision(at, targets, weights(labels, position_ids, reduction))
 
 
 def supervised(labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,8 @@ from mllm.train import engine
 from mllm.train.engines import zero
 from mllm.train.guard import Guard
 from mllm.train.halving import LEVERS, Room
-from mllm.train.losses import Reduction, model_inputs, weight_sum
+from mllm.train.inputs import step_inputs
+from mllm.train.losses import NextToken, Reduction, weight_sum
 from mllm.train.sums import Sums, global_sums
 from mllm.types import Batch
 
@@ -99,6 +100,7 @@ class Attempt:
         beat: Beat,
     ) -> None:
         self.accelerator, self.objective, self.reduction = accelerator, objective, reduction
+        self.model = next(module.model for module in objective.modules() if isinstance(module, NextToken))
         self.total, self.sources, self.guard, self.beat = total, sources, guard, beat
         # DDP and ZeRO average gradients over ranks: the world size makes a sum of it
         self.scale = accelerator.num_processes / total
@@ -146,8 +148,8 @@ class Attempt:
         """The weighted sum of one micro-batch; None where memory ran out. An error names whose it is."""
         self.beat("forward", batch)
         try:
-            inputs = model_inputs(batch, self.accelerator.device)
-            loss, losses = self.objective(**inputs, reduction=self.reduction, each=True)
+            inputs = step_inputs(batch, self.accelerator.device, self.model, self.reduction)
+            loss, losses = self.objective(**inputs, each=True)
             self.found.append((batch, loss.detach(), losses))
             return loss
         except torch.OutOfMemoryError as error:

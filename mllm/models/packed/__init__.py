@@ -1,0 +1,1 @@
+"""Attention over packed rows by kernels that know where each sample begins."""
