@@ -19,7 +19,7 @@ from mllm.config import RunConfig, load_config, stage_config
 from mllm.data.imaging.tiling import Tiling
 from mllm.data.loader import DataConfig
 from mllm.export.gguf import llm, vision
-from mllm.export.homes import Home, find_home
+from mllm.export.homes import AYA_VISION, COHERE2_VISION, LLAVA, Home, find_home
 from mllm.export.llava import activation
 from mllm.export.trained import prompt_obstacle
 from mllm.generate import find_folder
@@ -142,7 +142,9 @@ def in_vllm(model: MultimodalLM, home: Home) -> tuple[bool, str]:
         return False, "its image pipeline hands over normalised pixels, these encoders each want their own"
     if not home.is_stock:
         return True, "through its Transformers backend: --model-impl transformers --trust-remote-code"
-    if home.architecture != "LlavaForConditionalGeneration":
+    if home.architecture in (COHERE2_VISION, AYA_VISION):
+        return True, "--model-impl transformers (its own class of that name writes marks around an image)"
+    if home.architecture != LLAVA:
         return True, "through its Transformers backend, by itself"
     reasons = []
     if (kind := model.vision_encoder.model.config.model_type) not in VLLM_ENCODERS:
@@ -159,7 +161,9 @@ def in_sglang(model: MultimodalLM, home: Home) -> tuple[bool, str]:
         return in_vllm(model, home)
     if not home.is_stock:
         return True, "through its Transformers backend: --model-impl transformers --trust-remote-code"
-    if home.architecture != "LlavaForConditionalGeneration":
+    if home.architecture in (COHERE2_VISION, AYA_VISION):
+        return True, "through its Transformers backend: --model-impl transformers"
+    if home.architecture != LLAVA:
         return True, "through its Transformers backend, by itself"
     return True, "--model-impl transformers (its own Llava class takes Pixtral encoders only)"
 

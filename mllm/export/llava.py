@@ -71,12 +71,16 @@ def tensors(trained: Trained) -> dict[str, Tensor]:
     return {**vision_tensors(trained), **named, **language_tensors(trained, "language_model.model.")}
 
 
-def vision_tensors(trained: Trained) -> dict[str, Tensor]:
-    """The whole encoder, without SigLIP's pooling head (nobody reads it)."""
-    found = published_names(trained.vision_model())
-    return {
-        f"vision_tower.{name}": tensor for name, tensor in found.items() if not name.startswith("vision_model.head")
-    }
+def vision_settings(trained: Trained) -> dict[str, Any]:
+    """The encoder's config; read behind its norm, it ends at the tap, since those classes read the last layer."""
+    ends = {"num_hidden_layers": max(trained.encoder.taps) + 1} if trained.encoder.feature_norm else {}
+    return vision_config(trained.encoder.model) | ends
+
+
+def vision_tensors(trained: Trained, prefix: str = "vision_tower.") -> dict[str, Tensor]:
+    """The encoder, without SigLIP's pooling head (nobody reads it); whole, unless it ends at the tap."""
+    found = published_names(trained.encoder.model if trained.encoder.feature_norm else trained.vision_model())
+    return {f"{prefix}{name}": tensor for name, tensor in found.items() if not name.startswith("vision_model.head")}
 
 
 def language_tensors(trained: Trained, prefix: str, head: str = "language_model.lm_head.weight") -> dict[str, Tensor]:

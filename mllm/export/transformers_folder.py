@@ -13,11 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mllm.export import Dtype, Exported, environments, llava, processor_files, remote_code
-from mllm.export.homes import Home, find_home
+from mllm.export import Dtype, Exported, cohere, deepseek, environments, llava, processor_files, remote_code
+from mllm.export.homes import AYA_VISION, COHERE2_VISION, DEEPSEEK_VL, LLAVA, VIP_LLAVA, Home, find_home
 from mllm.export.proof import prove
 from mllm.export.trained import Trained, check_prompt, load
 from mllm.generate import stop_ids
+
+FORMS = {LLAVA: llava, VIP_LLAVA: llava, DEEPSEEK_VL: deepseek, COHERE2_VISION: cohere, AYA_VISION: cohere}
+"""The room that writes config and tensors of a stock class."""
 
 
 def write(model: str, folder: Path, dtype: Dtype, check_with: list[str]) -> Exported:
@@ -61,13 +64,14 @@ def write_files(trained: Trained, folder: Path, dtype: torch.dtype) -> Home:
         )
     check_prompt(trained)
     home = find_home(trained.model)
-    form: Any = llava if home.is_stock else remote_code
+    form: Any = FORMS[home.architecture] if home.is_stock else remote_code
     write_model(folder, form.config(trained), form.tensors(trained), dtype)
     write_generation_config(trained, folder)
-    if home.is_stock:
+    if form is llava:
         patch, strategy = trained.encoder.grid.patch, llava.select_strategy(trained)
     else:  # the whole picture is one patch; what it becomes is counted as additional tokens
         patch, strategy = trained.processor.pixel_shape[1], "full"
+    if not home.is_stock:
         remote_code.write_code(trained, folder)
     processor_files.write(trained.processor, folder, trained.parts.llm, patch, strategy, trained.takes_bytes)
     return home

@@ -42,6 +42,8 @@ class ModelConfig(Schema):
     feature_layer: int | list[int] = -2
     """Hidden state of the encoder that the connector reads; -2 is LLaVA's choice. Of a list the features stand side
     by side (VipLlava: -2, -5, -8, -11, 6)."""
+    feature_norm: bool = False
+    """Read it behind the encoder's final norm, as DeepseekVL and Cohere2Vision do, instead of before, as Llava does."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the frozen weights. What trains is kept in float32."""
     attention: Attention = "auto"
@@ -107,7 +109,13 @@ def build_model(config: ModelConfig, image_token_id: int, deferred: bool = False
 def build_encoder(config: ModelConfig) -> VisionEncoder | FusedEncoder:
     """The vision encoder, or several as one."""
     encoders = [
-        VisionEncoder(load_vision_model(config, name), config.feature_layer, read_image_processor(name)[0], grid)
+        VisionEncoder(
+            load_vision_model(config, name),
+            config.feature_layer,
+            read_image_processor(name)[0],
+            grid,
+            config.feature_norm,
+        )
         for name, grid in zip(config.encoders(), vision_grids(config), strict=True)
     ]
     return FusedEncoder(encoders) if len(encoders) > 1 else encoders[0]

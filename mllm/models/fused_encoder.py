@@ -28,7 +28,7 @@ class FusedEncoder(nn.Module):
         self.model: Any = nn.ModuleList(encoders)  # what peft may wrap, and then cannot be walked through
         self.encoders = tuple(encoders)
         self.grid, self.normalisation = encoders[0].grid, encoders[0].normalisation
-        self.num_patches = self.grid.num_patches
+        self.num_patches, self.feature_norm = self.grid.num_patches, encoders[0].feature_norm
         assert {encoder.num_patches for encoder in encoders} == {self.num_patches}
         self.width = sum(encoder.width for encoder in encoders)
         self.alike = len({encoder.normalisation for encoder in encoders}) == 1

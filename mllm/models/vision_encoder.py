@@ -3,8 +3,9 @@
 Enters: pixel_values [N, 3, H, W], uint8 and not yet normalised, or float and ready. Leaves: patch features
 [N, P, Dv] of one layer, or of several side by side, without class or register tokens.
 
-The tap lies before the encoder's final norm, as in stock Llava: a connector trained behind the norm could not be
-exported there. Layers behind the last tap are cut off when the encoder is built, because nobody reads them.
+The tap lies before the encoder's final norm, as in stock Llava, or behind it, as in DeepseekVL and Cohere2Vision: a
+norm is not linear, so a connector trained at the one cannot be exported to a class that reads at the other. Layers
+behind the last tap are cut off when the encoder is built, because nobody reads them.
 
 N images, P patches, Dv width of the features, H W pixels.
 """
@@ -22,6 +23,8 @@ from mllm.types import Normalisation
 
 PREFIX = ("class_embedding", "cls_token", "distillation_token", "register_tokens")
 """How the families name the parameters of what stands before the patches."""
+FINAL_NORM = ("post_layernorm", "layernorm", "norm")
+"""How they name the norm behind the last layer: CLIP and SigLIP; ViT and DINOv2; DINOv3."""
 
 
 class VisionEncoder(nn.Module):
@@ -33,12 +36,14 @@ class VisionEncoder(nn.Module):
         feature_layer: int | list[int] = -2,
         normalisation: Normalisation | None = None,
         runs_at: Grid | None = None,
+        feature_norm: bool = False,
     ) -> None:
         """`feature_layer` counts hidden states as transformers does: 0 the embeddings, -1 the last layer's output;
         the features of several stand side by side, in the order of the list (VipLlava).
 
         `normalisation` is what the encoder's own image processor does to uint8 pixels, `runs_at` the grid where that
-        is not the config's.
+        is not the config's. With `feature_norm` the features of each tap go through the encoder's final norm; those of
+        the last layer are then its `last_hidden_state`, except CLIP's, whose own norm sees the class token alone.
         """
         super().__init__()
         self.normalisation = normalisation
@@ -48,13 +53,17 @@ class VisionEncoder(nn.Module):
         self.num_prefix_tokens = num_prefix_tokens(model)
         self.taps = taps(feature_layer, layers := layer_list(model))
         self.width: int = len(self.taps) * model.config.hidden_size
+        self.feature_norm = feature_norm
+        norm = final_norm(model) if feature_norm else None
         self._features: dict[int, Tensor] = {}
         del layers[max(self.taps) + 1 :]
         for layer in set(self.taps):
-            layers[layer].register_forward_hook(partial(self._keep, layer))
+            layers[layer].register_forward_hook(partial(self._keep, layer, norm))
 
-    def _keep(self, layer: int, _module: nn.Module, _inputs: Any, output: Any) -> None:
-        self._features[layer] = output if isinstance(output, Tensor) else output[0]
+    def _keep(self, layer: int, norm: nn.Module | None, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        """Inside the model's own forward pass, where FSDP and ZeRO have its weights together."""
+        state = output if isinstance(output, Tensor) else output[0]
+        self._features[layer] = norm(state) if norm else state
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """[N, 3, H, W] -> [N, P, Dv], with a gradient only where a weight of the encoder asks for one.
@@ -134,6 +143,15 @@ def layer_list(model: Any) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return module
     raise ValueError(f"{type(model).__name__} has no list of {depth} layers: this encoder is not supported")
+
+
+def final_norm(model: Any) -> nn.Module:
+    """The norm behind the last layer; transformers 4.57 has CLIP's and SigLIP's one level down."""
+    inside = getattr(model, "vision_model", model)
+    for name in FINAL_NORM:
+        if isinstance(norm := getattr(inside, name, None), nn.Module):
+            return norm
+    raise ValueError(f"{type(model).__name__} has no final norm that is known here: set model.feature_norm to false")
 
 
 def taps(feature_layer: int | list[int], layers: nn.ModuleList) -> list[int]:

@@ -41,6 +41,7 @@ PICTURE = {"image_size": IMAGE_SIZE, "patch_size": PATCH}
 SIDES = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
 VISION = {
     "siglip": (SiglipVisionConfig, SiglipImageProcessor(size=SIDES)),
+    "siglip_fine": (SiglipVisionConfig, SiglipImageProcessor(size=SIDES)),
     "vit": (ViTConfig, ViTImageProcessor(size=SIDES)),
     "dinov2": (Dinov2Config, CLIPImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size=SIDES)),
     "registers": (Dinov2WithRegistersConfig, CLIPImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size=SIDES)),
@@ -82,7 +83,9 @@ def make_parts(
     else:
         kind, images = VISION[encoder]
         extra = {"mlp_ratio": 2} if "Dinov2" in kind.__name__ else {}
-        vision = AutoModel.from_config(kind(**SMALL, **PICTURE, **extra))
+        if encoder.endswith("fine"):  # 4 x 4 patches: blocks have neighbours
+            extra = {"patch_size": PATCH // 2}
+        vision = AutoModel.from_config(kind(**{**SMALL, **PICTURE, **extra}))
         torch.manual_seed(1)
         for parameter in vision.parameters():  # many of these are born as zeros and ones
             parameter.data += 0.1 * torch.randn_like(parameter)

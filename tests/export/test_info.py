@@ -25,6 +25,20 @@ CELLS: dict[str, Any] = {
     "two layers": ({}, {"feature_layer": [-2, 1]}, "LlavaForConditionalGeneration", "reads one layer", "several"),
     "linear": ({}, {"connector": LinearConnector()}, "LlavaForConditionalGeneration", "no activation", "not two"),
     "norm": ({}, {"connector": MLPConnector(norm=True)}, "VipLlavaForConditionalGeneration", "by itself", "not two"),
+    "behind the norm": (
+        {"encoder": "siglip"},
+        {"feature_norm": True},
+        "DeepseekVLForConditionalGeneration",
+        "by itself",
+        "reads before it",
+    ),
+    "pixel shuffle behind the norm": (
+        {"encoder": "siglip"},
+        {"feature_norm": True, "connector": PixelShuffleConnector(depth=1)},
+        "Cohere2VisionForConditionalGeneration",
+        "--model-impl transformers",
+        "not two linear",
+    ),
     "q-former": ({"encoder": "siglip"}, {"connector": QFORMER}, "remote code", "trust-remote-code", "not two linear"),
     "neox": ({"encoder": "siglip", "llm": "gpt_neox"}, {}, "LlavaForConditionalGeneration", "own Llava", "gpt_neox"),
 }

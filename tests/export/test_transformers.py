@@ -57,7 +57,39 @@ LLAVA = {
 """Parts and stage settings that stock Llava holds."""
 
 VIP = {"vip-two-layers-norm": ({"llm": "qwen2"}, {"feature_layer": [-2, -3], "connector": MLPConnector(norm=True)})}
+DEEPSEEK = {
+    "mlp-behind-the-norm": ({"encoder": "siglip"}, {"feature_norm": True}),
+    "mlp-behind-the-norm-last-layer-lora": (
+        {"encoder": "siglip", "llm": "qwen2"},
+        {"feature_norm": True, "feature_layer": -1, "lora": True, "image_fit": "pad"},
+    ),
+}
+FINE = {"encoder": "siglip_fine"}
+COHERE2 = {
+    "one-matrix": (FINE, {"feature_norm": True, "connector": PixelShuffleConnector(depth=1)}),
+    "swiglu": (
+        {**FINE, "llm": "qwen3"},
+        {"feature_norm": True, "connector": PixelShuffleConnector(activation="swiglu"), "image_fit": "pad"},
+    ),
+    "pooled": ({**FINE, "llm": "qwen2"}, {"feature_norm": True, "connector": AvgPoolConnector(tokens=4, depth=1)}),
+    "linear-behind-the-norm": (FINE, {"feature_norm": True, "connector": LinearConnector()}),
+    "neox": (
+        {**FINE, "llm": "gpt_neox"},
+        {"feature_norm": True, "connector": PixelShuffleConnector(factor=4, depth=1)},
+    ),
+}
+AYA = {
+    "normed-swiglu": (FINE, {"connector": PixelShuffleConnector(norm=True, activation="swiglu")}),
+    "normed-one-matrix-clip": ({"llm": "qwen2"}, {"connector": PixelShuffleConnector(norm=True, depth=1)}),
+    "normed-swiglu-dinov2": (
+        {"encoder": "dinov2", "llm": "qwen3"},
+        {"feature_layer": -1, "lora": True, "connector": PixelShuffleConnector(norm=True, activation="swiglu")},
+    ),
+}
 REMOTE = {
+    "clip-behind-the-norm": ({}, {"feature_norm": True}),
+    "dinov2-behind-the-norm-two-layers": ({"encoder": "dinov2"}, {"feature_norm": True, "feature_layer": [1, -1]}),
+    "siglip-norm-in-front": ({"encoder": "siglip"}, {"connector": MLPConnector(norm=True)}),
     "mlp-of-three": ({}, {"connector": MLPConnector(depth=3)}),
     "pixel-shuffle": ({"llm": "qwen2"}, {"connector": PixelShuffleConnector()}),
     "qformer": ({}, {"connector": QFormerConnector(num_queries=3, hidden_size=16, num_layers=2, num_heads=2)}),
@@ -71,6 +103,9 @@ REMOTE = {
 HOMES = {
     "LlavaForConditionalGeneration": LLAVA,
     "VipLlavaForConditionalGeneration": VIP,
+    "DeepseekVLForConditionalGeneration": DEEPSEEK,
+    "Cohere2VisionForConditionalGeneration": COHERE2,
+    "AyaVisionForConditionalGeneration": AYA,
     "MllmForConditionalGeneration": REMOTE,
 }
 FAST = (
@@ -79,7 +114,11 @@ FAST = (
     "tokenizer-with-bos",
     "thinking",
     "vip-two-layers-norm",
+    "mlp-behind-the-norm-last-layer-lora",
+    "pooled",
+    "normed-swiglu",
     "qformer",
+    "clip-behind-the-norm",
     "registers",
 )
 """The cells of every day; `make test-export` walks through all of them, under both versions."""

@@ -24,6 +24,7 @@ from mllm.models.connectors import (
     CAbstractorConnector,
     ConnectorConfig,
     MLPConnector,
+    PixelShuffleConnector,
     QFormerConnector,
     ResamplerConnector,
 )
@@ -295,3 +296,46 @@ def test_mlp_with_a_norm_takes_no_notice_of_the_scale_of_features() -> None:
     normed, plain = MLPConnector(norm=True).build(24, 32, 4), built(MLPConnector)
     torch.testing.assert_close(normed(100 * features()), normed(features()), rtol=1e-3, atol=1e-4)
     assert not torch.allclose(plain(100 * features()), plain(features()), atol=1e-2)
+
+
+SHUFFLES = [
+    PixelShuffleConnector(norm=True),
+    PixelShuffleConnector(activation="swiglu"),
+    PixelShuffleConnector(depth=1),
+]
+
+
+@pytest.mark.parametrize("config", SHUFFLES, ids=lambda config: f"{config.norm} {config.activation} {config.depth}")
+def test_every_form_of_a_pixel_shuffle_keeps_its_promises(config: PixelShuffleConnector, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    connector = config.build(24, 32, 16)
+    out = connector(features(16))
+    assert out.shape == (3, config.num_tokens(16), 32)
+    (out * torch.randn(out.shape)).sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in connector.parameters())
+    assert any(isinstance(module, nn.LayerNorm) for module in connector) == config.norm
+    save_whole(connector, tmp_path / "connector.safetensors")
+    again = config.build(24, 32, 16)
+    load_whole(again, tmp_path / "connector.safetensors")
+    assert torch.equal(again(features(16)), out)
+
+
+def test_swiglu_is_the_stock_projector_of_the_same_weights() -> None:
+    from transformers.models.cohere2_vision.configuration_cohere2_vision import Cohere2VisionConfig
+    from transformers.models.cohere2_vision.modeling_cohere2_vision import Cohere2VisionMultiModalProjector
+
+    settings = Cohere2VisionConfig(
+        vision_config={"model_type": "siglip_vision_model", "hidden_size": 24},
+        text_config={"model_type": "llama", "hidden_size": 32},
+        alignment_intermediate_size=64,
+    )
+    stock = Cohere2VisionMultiModalProjector(settings)
+    ours = PixelShuffleConnector(activation="swiglu").build(24, 32, 16)
+    ours[1].load_state_dict(stock.linear_1.state_dict())
+    ours[3].load_state_dict(stock.linear_2.state_dict())
+    torch.testing.assert_close(ours(features(16)), stock(features(16)).flatten(1, 2), rtol=0, atol=1e-6)
+
+
+def test_swiglu_of_another_depth_is_refused_with_the_depth() -> None:
+    with pytest.raises(ValueError, match="depth 3 with swiglu: it has two linear layers"):
+        PixelShuffleConnector(activation="swiglu", depth=3).build(24, 32, 16)

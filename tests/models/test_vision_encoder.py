@@ -19,7 +19,7 @@ from transformers import (
     ViTModel,
 )
 
-from mllm.models.vision_encoder import VisionEncoder, layer_list
+from mllm.models.vision_encoder import VisionEncoder, final_norm, layer_list
 from mllm.models.vision_grid import grid
 from mllm.types import Normalisation
 
@@ -78,6 +78,48 @@ def test_last_layer_is_tapped_before_the_final_norm(family: str, layer: int) -> 
     with torch.no_grad():
         tapped = VisionEncoder(make(family), layer)(pixels())
     torch.testing.assert_close(tapped, states_by_hooks(make(family))[-1][:, PREFIX[family] :], rtol=0, atol=1e-6)
+
+
+@each
+def test_features_behind_the_norm_are_what_the_whole_model_says_last(family: str) -> None:
+    """CLIP's own norm sees the class token alone: of its patches the last hidden state has none."""
+    encoder = VisionEncoder(make(family), -1, feature_norm=True).requires_grad_(False)
+    with torch.no_grad():
+        last = make(family)(pixel_values=pixels()).last_hidden_state[:, PREFIX[family] :]
+    if family == "clip":
+        last = make(family).post_layernorm(last)
+    assert torch.equal(encoder(pixels()), last)
+    assert not torch.allclose(encoder(pixels()), VisionEncoder(make(family), -1)(pixels()), atol=1e-2)
+
+
+@each
+def test_several_layers_go_through_the_norm_each(family: str) -> None:
+    norm = final_norm(make(family))
+    with torch.no_grad():
+        for parameter in norm.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)))
+    model = make(family)
+    final_norm(model).load_state_dict(norm.state_dict())
+    several = VisionEncoder(model, [1, -1], feature_norm=True).requires_grad_(False)(pixels())
+    alone = [norm(VisionEncoder(make(family), layer).requires_grad_(False)(pixels())) for layer in (1, -1)]
+    torch.testing.assert_close(several, torch.cat(alone, dim=-1), rtol=0, atol=1e-6)
+
+
+@each
+def test_trained_encoder_behind_its_norm_trains_the_norm_too(family: str) -> None:
+    encoder = VisionEncoder(make(family), -2, feature_norm=True).requires_grad_(True)
+    encoder.freeze_behind_tap()
+    encoder(pixels()).square().sum().backward()
+    assert [name for name, p in encoder.named_parameters() if p.requires_grad and p.grad is None] == []
+    assert all(p.requires_grad for p in final_norm(encoder.model).parameters())
+
+
+def test_encoder_without_a_known_final_norm_is_refused_in_words() -> None:
+    model = make("vit")
+    model.last = model.layernorm
+    del model.layernorm
+    with pytest.raises(ValueError, match=r"no final norm that is known here: set model\.feature_norm to false"):
+        VisionEncoder(model, feature_norm=True)
 
 
 @each

@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from mllm.export.gguf.file import File
-from mllm.export.homes import connector_obstacles
+from mllm.export.homes import is_two_layers
 from mllm.export.layout import published_names
-from mllm.export.llava import activation, norm_in_front, projector
+from mllm.export.llava import activation, projector
 from mllm.export.trained import Trained
 from mllm.models.multimodal import MultimodalLM
 from mllm.models.vision_encoder import VisionEncoder
@@ -42,7 +42,9 @@ def obstacles(model: MultimodalLM) -> list[str]:
         found.append(f"an encoder with {encoder.model.config.hidden_act} (known: {', '.join(GELUS)}, quick_gelu)")
     if len(encoder.taps) > 1:
         found.append("features of several layers")
-    if norm_in_front(connector) is not None or connector_obstacles(model) or activation(connector) != "gelu":
+    if encoder.feature_norm:
+        found.append("features behind the encoder's final norm: llama.cpp reads before it")
+    if not is_two_layers(connector) or activation(connector) != "gelu":
         found.append("the connector is not two linear layers with GELU between them")
     return found
 

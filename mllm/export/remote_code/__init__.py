@@ -47,6 +47,7 @@ def config(trained: Trained) -> dict[str, Any]:
         "image_token_id": model.image_token_id,
         "connector": asdict(trained.parts.connector),
         "feature_layer": trained.parts.feature_layer,
+        "feature_norm": trained.parts.feature_norm,
         "grids": [asdict(encoder.grid) for encoder in encoders],
         "normalisations": [asdict(encoder.normalisation) for encoder in encoders],
         "lm_head_bias": getattr(model.llm.get_output_embeddings(), "bias", None) is not None,

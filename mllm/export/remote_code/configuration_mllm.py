@@ -23,6 +23,7 @@ class MllmConfig(PretrainedConfig):
         connector: dict[str, Any] | None = None,
         image_token_id: int = 0,
         feature_layer: int | list[int] = -2,
+        feature_norm: bool = False,
         grids: list[dict[str, int]] | None = None,
         normalisations: list[dict[str, Any]] | None = None,
         more_vision_configs: list[Any] | None = None,
@@ -35,6 +36,7 @@ class MllmConfig(PretrainedConfig):
         self.connector = connector or {}
         self.image_token_id = image_token_id
         self.feature_layer = feature_layer
+        self.feature_norm = feature_norm
         self.grids = grids or []
         self.normalisations = normalisations or []
         self.more_vision_configs = more_vision_configs or []

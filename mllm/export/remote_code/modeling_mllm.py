@@ -179,7 +179,13 @@ def attention(text_config: Any) -> dict[str, Any]:
 def make_encoder(config: MllmConfig) -> VisionEncoder | FusedEncoder:
     """The vision encoder, or several as one."""
     encoders = [
-        VisionEncoder(AutoModel.from_config(own), config.feature_layer, as_normalisation(normalisation), Grid(**grid))
+        VisionEncoder(
+            AutoModel.from_config(own),
+            config.feature_layer,
+            as_normalisation(normalisation),
+            Grid(**grid),
+            config.feature_norm,
+        )
         for own, grid, normalisation in zip(config.encoder_configs(), config.grids, config.normalisations, strict=True)
     ]
     return FusedEncoder(encoders) if len(encoders) > 1 else encoders[0]

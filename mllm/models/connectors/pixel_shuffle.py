@@ -1,4 +1,4 @@
-"""Neighbouring patches side by side, then linear layers: fewer visual tokens, each of them wider (InternVL, Idefics3).
+"""Neighbouring patches side by side, then linear layers: fewer visual tokens, each of them wider (InternVL, AyaVision).
 
 Enters: patch features [N, P, Dv] of a square grid. Leaves: visual tokens [N, P / factor^2, D]: each block of
 factor x factor patches becomes one token that holds all of their features, so that nothing is averaged away.
@@ -11,6 +11,7 @@ from math import isqrt
 from typing import Literal
 
 from torch import Tensor, nn
+from torch.nn.functional import silu
 
 from mllm.models.connectors.connector import Connector
 from mllm.models.connectors.mlp import linear_layers
@@ -25,6 +26,10 @@ class PixelShuffleConnector(Connector):
     """Patches along each side of a block."""
     depth: int = 2
     """Linear layers behind the shuffle; 1 is Idefics3's."""
+    norm: bool = False
+    """A LayerNorm over the joined patches first, as InternVL and AyaVision have it."""
+    activation: Literal["gelu", "swiglu"] = "gelu"
+    """What stands between the linear layers; `swiglu`, between two, is AyaVision's and Cohere2Vision's."""
 
     def num_tokens(self, num_patches: int) -> int:
         side = isqrt(num_patches)
@@ -38,7 +43,16 @@ class PixelShuffleConnector(Connector):
     def build(self, encoder_width: int, llm_width: int, num_patches: int) -> nn.Module:
         self.num_tokens(num_patches)
         joined = encoder_width * self.factor**2
-        return nn.Sequential(Shuffle(self.factor), *linear_layers(joined, llm_width, self.depth))
+        first: list[nn.Module] = [nn.LayerNorm(joined)] if self.norm else []
+        return nn.Sequential(Shuffle(self.factor), *first, *self.layers(joined, llm_width))
+
+    def layers(self, joined: int, llm_width: int) -> list[nn.Module]:
+        """[.., joined] -> [.., llm_width]."""
+        if self.activation == "gelu":
+            return linear_layers(joined, llm_width, self.depth)
+        if self.depth != 2:
+            raise ValueError(f"a pixel_shuffle connector of depth {self.depth} with swiglu: it has two linear layers")
+        return [nn.Linear(joined, 2 * llm_width), SwiGLU(), nn.Linear(llm_width, llm_width)]
 
 
 class Shuffle(nn.Module):
@@ -53,3 +67,11 @@ class Shuffle(nn.Module):
         f, blocks = self.factor, isqrt(patches) // self.factor
         grid = features.reshape(images, blocks, f, blocks, f, width)
         return grid.transpose(2, 3).reshape(images, blocks * blocks, f * f * width)  # [N, V, f * f * Dv]
+
+
+class SwiGLU(nn.Module):
+    """[.., 2 * D] -> [.., D]: the first half, each number times SiLU of its gate in the second (arXiv 2002.05202)."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        value, gate = features.chunk(2, dim=-1)
+        return silu(gate) * value
