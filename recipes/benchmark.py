@@ -87,7 +87,11 @@ def train(
         if has_gpu:
             from benchmarks import training
 
-            found = training.measure(only, minutes, quick, partial(write, json_path), status.update)
+            try:
+                rows = training.chosen(only)
+            except ValueError as error:
+                sys.exit(str(error))
+            found = training.measure(rows, minutes, quick, partial(write, json_path), status.update)
         else:
             from benchmarks import ratios
 

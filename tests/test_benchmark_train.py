@@ -20,6 +20,7 @@ sys.path.append(str(RECIPES))
 from benchmarks import naive, product, ratios, training  # noqa: E402
 from benchmarks.configurations import configurations, default, stage_1, stage_2  # noqa: E402
 from benchmarks.drawn_training import Drawing, draw  # noqa: E402
+from benchmarks.page import PAGE, filled, read_results  # noqa: E402
 from benchmarks.sizes import LLMS, draw_model  # noqa: E402
 from benchmarks.stopwatch import ROOMS, Budget, Enough, Stopwatch  # noqa: E402
 from benchmarks.training_report import HEADS, lines, room_lines  # noqa: E402
@@ -96,9 +97,8 @@ def test_what_fails_says_so_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch
     budget = Budget(warm_up=1, steps=2, rooms=1, syncs=1)
     monkeypatch.setattr(training, "Budget", lambda **_: budget)
     monkeypatch.setattr(training, "TINY_TOKENS", 128)
-    found = training.measure(
-        ["B4 1.5B", "U 1.5B"], 1.0, False, lambda found: told.append(len(found["rows"])), lambda words: None, CPU
-    )
+    rows = training.chosen(["B4 1.5B", "U 1.5B"])
+    found = training.measure(rows, 1.0, False, lambda found: told.append(len(found["rows"])), lambda words: None, CPU)
     assert told == [1, 2]
     assert found["rows"]["B4 1.5B"]["error"] == "out of memory"
     row = found["rows"]["U 1.5B"]
@@ -107,6 +107,11 @@ def test_what_fails_says_so_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch
     assert row["recompiled"] == 0
     assert [len(line) for line in lines(found)] == [len(HEADS)] * 2
     assert len(room_lines(found)) == 1
+
+
+def test_a_name_that_nothing_begins_with_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"no configuration begins with .*B9.*there are B0 1\.5B"):
+        training.chosen(["B9"])
 
 
 def test_the_naive_way_gets_half_the_batch_where_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,3 +177,14 @@ def test_on_a_cpu_ratios_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyP
     found = json.loads(path.read_text())["ratios"]
     assert found["ours_over_bare"] == {"median": 1.05, "least": 1.0, "greatest": 1.1}
     assert found["padded_over_packed"]["median"] == 1.75
+
+
+def test_the_page_is_made_of_its_files() -> None:
+    results = read_results()
+    assert results
+    assert PAGE.read_text() == filled(PAGE.read_text(), results)
+
+
+def test_a_page_without_a_place_for_a_file_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"0 blocks <!-- cpu --> for cpu\.json"):
+        filled("words", {"cpu": {}})

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from mllm.models.packed.choice import Attention
 from mllm.train.trainable import LearningRates
 from mllm.train.tuning.adapters import Lora
 
@@ -26,7 +27,7 @@ class Configuration:
     """The mix of samples."""
     lora: bool = False
     """The second stage: LoRA of rank 16 on all linear layers of the LLM; else the connector alone trains."""
-    attention: str = "sdpa"
+    attention: Attention = "sdpa"
     checkpointing: bool = False
     full_logits: bool = False
     """Float32 logits at every position in place of the product's loss."""

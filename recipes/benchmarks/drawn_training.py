@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -57,14 +56,11 @@ class DrawnProcessor:
         self.num_visual_tokens, self.image_token_id = drawing.visual_tokens, drawing.vocabulary - 1
         self.pixel_shape = (3, drawing.side, drawing.side)
         self.drawing = drawing
+        shape = (PICTURES, *self.pixel_shape)  # drawn here, so that forked workers share them
+        self.pictures = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         text, self.has_image = conversations(drawing.kind, drawing.samples, drawing.seed)
         self.text = np.maximum(SHORTEST, text // drawing.shrink)
         self.supervised = SUPERVISED[drawing.kind](self.text)
-
-    @cached_property
-    def pictures(self) -> Tensor:
-        """[PICTURES, 3, H, W] uint8; forked workers share them."""
-        return torch.randint(0, 256, (PICTURES, *self.pixel_shape), dtype=torch.uint8, generator=generator(0))
 
     def tokens(self, sample: Sample, max_length: int | None = None) -> tuple[list[int], list[int]]:
         """[T] twice: the image in front, the answer at the end."""
@@ -123,7 +119,3 @@ def draw(drawing: Drawing) -> tuple[DrawnIndex, DrawnProcessor]:
         filtered=Counter(),
     )
     return index, processor
-
-
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)

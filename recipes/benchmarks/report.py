@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
+import time
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -66,11 +69,22 @@ def machine() -> dict[str, Any]:
         "processor": processor_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "load": os.getloadavg(),
+        "date": time.strftime("%Y-%m-%d"),
+        "command": " ".join(["python recipes/benchmark.py", *without_json(sys.argv[1:])]),
         "system": platform.platform(),
         "python": platform.python_version(),
         **accelerator(),
         **{name: installed(name) for name in LIBRARIES},
     }
+
+
+def without_json(arguments: Sequence[str]) -> list[str]:
+    """Where the numbers are written to is nobody else's business."""
+    kept = list(arguments)
+    if "--json" in kept:
+        place = kept.index("--json")
+        del kept[place : place + 2]
+    return kept
 
 
 def installed(name: str) -> str:

@@ -168,7 +168,9 @@ class Stopwatch:
                 self.wait()
                 for handle in self.handles:
                     handle.remove()
-        self.syncs = [f"{w.filename}:{w.lineno}" for w in caught if SYNCHRONISES in str(w.message)]
+        self.syncs = [
+            f"{'/'.join(w.filename.split('/')[-3:])}:{w.lineno}" for w in caught if SYNCHRONISES in str(w.message)
+        ]
 
     def step_seconds(self) -> list[float]:
         """Of each timed step."""

@@ -23,6 +23,7 @@ from benchmarks.drawn_training import Drawing, DrawnIndex, draw
 from benchmarks.sizes import ENCODERS, LLMS, draw_model
 from benchmarks.stopwatch import Budget, Stopwatch
 from mllm.models.multimodal import MultimodalLM
+from mllm.models.packed.choice import implementation
 from mllm.train.forecasting.flops import Cost, Work, cost_of
 from mllm.train.forecasting.peaks import peak_flops
 from mllm.train.trainable import choose_trainable
@@ -40,26 +41,21 @@ Say = Callable[[str], None]
 
 
 def measure(
-    only: Sequence[str] | None,
+    rows: Sequence[Configuration],
     minutes: float,
     quick: bool,
     write: Callable[[dict[str, Any]], None],
     say: Say,
     device: torch.device | None = None,
 ) -> dict[str, Any]:
-    """The rows whose names begin so, or all; `write` is handed what is known after each.
-
-    Raises:
-        ValueError: no configuration has such a name.
-    """
+    """All rows; `write` is handed what is known after each. A CPU gets tiny ones."""
     began = time.perf_counter()
     device = device or torch.device("cuda")
-    rows = chosen(only)
     if device.type == "cpu":
         rows = [tiny(row) for row in rows]
     say("the ceiling of matrix products")
-    found: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "minutes": minutes, "quick": quick}
-    found |= {"ceiling": ceiling(device), "peak": peak_flops(device, torch.bfloat16), "rows": {}}
+    found: dict[str, Any] = {"minutes": minutes, "quick": quick, "ceiling": ceiling(device), "rows": {}}
+    found["peak"] = peak_flops(device, torch.bfloat16)
     for place, row in enumerate(rows):
         start = time.perf_counter()
         left = minutes * 60 - (start - began)
@@ -75,7 +71,11 @@ def measure(
 
 
 def chosen(only: Sequence[str] | None) -> list[Configuration]:
-    """Those whose names begin so; all where none is named."""
+    """Those whose names begin so; all where none is named.
+
+    Raises:
+        ValueError: there is none.
+    """
     known = configurations()
     rows = [row for row in known if only is None or row.name.startswith(tuple(only))]
     if not rows:
@@ -190,13 +190,9 @@ def product_run(
 
 def attention(row: Configuration) -> str:
     """The attention function as transformers knows it."""
-    try:
-        from mllm.models.packed.choice import implementation
-    except ImportError:
-        return "sdpa"
     from transformers import Qwen2Config
 
-    return implementation(row.attention, Qwen2Config(**LLMS[row.llm]))  # type: ignore[no-any-return]
+    return implementation(row.attention, Qwen2Config(**LLMS[row.llm]))
 
 
 def dtype_on(device: torch.device) -> torch.dtype:

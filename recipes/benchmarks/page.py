@@ -1,0 +1,77 @@
+"""BENCHMARKS.md, from the numbers that the benchmark wrote.
+
+Enters: the JSON files in `results/`, each what one command left on one machine. Leaves: the page with a block for each
+of them that it names, filled in; the words around the blocks are kept. A test holds the page to its files.
+
+    python recipes/benchmarks/page.py
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path.append(str(Path(__file__).parents[1]))
+
+from benchmarks.training_report import (
+    HEADS,
+    RATIO_HEADS,
+    ROOM_HEADS,
+    lines,
+    markdown,
+    ratio_lines,
+    room_lines,
+)
+
+RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parents[2] / "BENCHMARKS.md"
+BLOCK = r"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+LIBRARIES = ("torch", "transformers", "triton", "accelerate", "peft")
+
+
+def filled(page: str, results: dict[str, dict[str, Any]]) -> str:
+    """The page with the tables of each file between the marks that bear its name."""
+    for name, found in results.items():
+        block, blocks = re.subn(
+            BLOCK.format(name=name), lambda marks, found=found: marks[1] + tables(found) + marks[2], page, flags=re.S
+        )
+        if blocks != 1:
+            raise ValueError(f"{blocks} blocks <!-- {name} --> for {name}.json: there must be one")
+        page = block
+    return page
+
+
+def tables(found: dict[str, Any]) -> str:
+    """Machine, date, command; then what was measured."""
+    parts = [origin(found)]
+    if "rows" in found:
+        parts += [markdown(HEADS, lines(found)), markdown(ROOM_HEADS, room_lines(found))]
+    if "ratios" in found:
+        parts.append(markdown(RATIO_HEADS, ratio_lines(found)))
+    return "\n".join(parts)
+
+
+def origin(found: dict[str, Any]) -> str:
+    """One sentence: where, when, how."""
+    machine = found["machine"]
+    where = machine.get("gpu") or f"{machine['processor']}, {machine['cores']} cores"
+    libraries = ", ".join(f"{name} {machine[name]}" for name in LIBRARIES if machine.get(name))
+    ceiling = (
+        f" A product of two random matrices of 8192 x 8192: {found['ceiling'] / 1e12:.0f} TFLOP/s."
+        if "ceiling" in found
+        else ""
+    )
+    return f"{where}; {libraries}; {machine['date']}: `{machine['command']}`.{ceiling}\n"
+
+
+def read_results(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
+    """By name, without the ending."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+
+
+if __name__ == "__main__":
+    PAGE.write_text(filled(PAGE.read_text(), read_results()))
