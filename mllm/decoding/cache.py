@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -26,9 +25,9 @@ class KeptLayer(CacheLayerMixin):
     keys: Any
     values: Any
 
-    def __init__(self) -> None:
+    def __init__(self, least: int = SMALLEST) -> None:
         super().__init__()
-        self.length = 0
+        self.length, self.least = 0, least
         self.places: Tensor | None = None
         """Where the new tokens go [T] int64, told by whoever replays recorded kernels: then all C are given back, and
         a mask must hide those that do not count. None: behind the others."""
@@ -56,8 +55,9 @@ class KeptLayer(CacheLayerMixin):
     def reserve(self, tokens: int, key_states: Tensor, value_states: Tensor) -> None:
         """Make room for so many tokens; zeros, because whatever a mask hides is still multiplied by zero."""
         if tokens > self.keys.shape[2]:
-            self.keys = widened(self.keys, key_states, self.length, capacity(tokens))
-            self.values = widened(self.values, value_states, self.length, capacity(tokens))
+            size = max(capacity(tokens), self.least)
+            self.keys = widened(self.keys, key_states, self.length, size)
+            self.values = widened(self.values, value_states, self.length, size)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys that `update` will give back."""
@@ -76,7 +76,25 @@ class KeptCache(Cache):
     layers: list[Any]
 
     def __init__(self) -> None:
-        super().__init__(layer_class_to_replicate=KeptLayer)
+        self.least = SMALLEST
+        super().__init__(layer_class_to_replicate=lambda: KeptLayer(self.least))  # type: ignore[arg-type]
+
+    @property
+    def capacity(self) -> int:
+        """C; 0 before the first token."""
+        return self.layers[0].keys.shape[2] if self.layers else 0
+
+    def reserve(self, tokens: int) -> None:
+        """Have room for so many tokens without another buffer."""
+        self.least = max(self.least, capacity(tokens))
+        for layer in self.layers:
+            layer.least = self.least
+            layer.reserve(self.least, layer.keys, layer.values)
+
+    def write_at(self, places: Tensor | None) -> None:
+        """See `KeptLayer.places`."""
+        for layer in self.layers:
+            layer.places = places
 
     def keep(self, tokens: int) -> None:
         """Only the first ones. After a forward that was interrupted the layers may differ in what lies behind."""
@@ -109,20 +127,3 @@ def keeps_everything(llm: Any) -> bool:
     """Is all that this LLM remembers a key and a value a token? Recurrent states cannot be cut back."""
     kinds = set(getattr(llm.config, "layer_types", None) or ())
     return not getattr(llm, "_is_stateful", False) and kinds <= {"full_attention", "sliding_attention"}
-
-
-def window(config: Any) -> int | None:
-    """Tokens that a layer with a sliding window sees, itself among them; None where no layer has one."""
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None and "sliding_attention" not in kinds:
-        return None
-    return getattr(config, "sliding_window", None)
-
-
-def hidden_but(positions: Tensor, size: int, of_window: int | None = None) -> Tensor:
-    """What queries at `positions` [T] may see of keys [C]: a mask [1, 1, T, C] of booleans."""
-    keys = torch.arange(size, device=positions.device)
-    seen = keys <= positions[:, None]
-    if of_window is not None:
-        seen = seen & (keys > positions[:, None] - of_window)
-    return seen[None, None]  # [1, 1, T, C]

@@ -1,0 +1,98 @@
+"""What a CUDA graph would record, run as it stands: the same tokens as the ordinary way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import LLM_CONFIGS, make_model
+from mllm.decoding.compiled import compiled_layers, compiler
+from mllm.decoding.fixed import FixedForward
+from mllm.decoding.greedy import Greedy
+from mllm.decoding.prompt import Prompt
+from test_generate import sharp
+
+ASKED = list(range(7, 24))
+
+
+def greedy_of(family: str, **settings: Any) -> Greedy:
+    model = sharp(make_model(family, "eager" if family == "gemma2" else "sdpa", **settings))
+    return Greedy(model, [], torch.device("cpu"))
+
+
+def prompt(tokens: list[int]) -> Prompt:
+    return Prompt(tokens, list(tokens), [])
+
+
+def steps(greedy: Greedy, token: int, number: int) -> list[int]:
+    """Tokens behind this one, by the fixed forward."""
+    forward = FixedForward(greedy.model.llm, greedy.cache, 1)
+    forward.token.fill_(token)
+    forward.positions.fill_(len(greedy.marks))
+    found = []
+    for _ in range(number):
+        forward()
+        found.append(int(forward.token))
+    return found
+
+
+@pytest.mark.parametrize("family", LLM_CONFIGS)
+@torch.no_grad()
+def test_fixed_steps_find_the_tokens_of_the_ordinary_way(family: str) -> None:
+    ordinary, greedy = greedy_of(family), greedy_of(family)
+    found = list(ordinary.answer(prompt(ASKED), 12))
+    first = greedy.prefill(prompt(ASKED))
+    assert [first, *steps(greedy, first, 11)] == found
+    written = len(ordinary.marks)
+    for mine, theirs in zip(greedy.cache.layers, ordinary.cache.layers, strict=True):
+        torch.testing.assert_close(mine.values[:, :, :written], theirs.values[:, :, :written], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", LLM_CONFIGS)
+@torch.no_grad()
+def test_padded_chunk_finds_the_token_of_the_ordinary_way(family: str) -> None:
+    expected = greedy_of(family).prefill(prompt(ASKED))
+    greedy = greedy_of(family)
+    greedy.prefill(prompt(ASKED[:10]))
+    forward = FixedForward(greedy.model.llm, greedy.cache, 16)
+    forward.embeddings[:, :7] = prompt(ASKED).embeddings(greedy.model, 10, greedy.device)
+    forward.positions.copy_(torch.arange(10, 26))
+    forward.last.fill_(6)
+    forward()
+    assert int(forward.token) == expected
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3"])
+@torch.no_grad()
+def test_compiled_layers_find_the_same_tokens(family: str) -> None:
+    """And the layers are as they were afterwards. `aot_eager` traces as the compiler does, without its kernels."""
+    greedy = greedy_of(family)
+    expected = list(greedy.answer(prompt(ASKED), 8))
+    before = greedy.model.llm.config._attn_implementation
+    greedy = greedy_of(family)
+    first = greedy.prefill(prompt(ASKED))
+    torch._dynamo.reset()
+    with compiled_layers(greedy.model.llm, greedy.cache, compiler("aot_eager")):
+        assert [first, *steps(greedy, first, 7)] == expected
+    assert greedy.model.llm.config._attn_implementation == before
+    greedy.marks = []
+    assert list(greedy.answer(prompt(ASKED), 8)) == expected
+
+
+@torch.no_grad()
+def test_layers_are_compiled_once_for_all() -> None:
+    """12 layers, one graph: else a model of 28 would take minutes."""
+    greedy = greedy_of("qwen2", num_hidden_layers=12)
+    first = greedy.prefill(prompt(ASKED))
+    torch._dynamo.reset()
+    graphs: list[Any] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    with compiled_layers(greedy.model.llm, greedy.cache, compiler(backend)):
+        steps(greedy, first, 3)
+    assert len(graphs) == 1
