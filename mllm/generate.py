@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,28 +22,36 @@ from mllm.decoding.cache import keeps_everything
 from mllm.decoding.greedy import Greedy
 from mllm.decoding.pictures import Pictures
 from mllm.decoding.prompt import read
+from mllm.decoding.recorded import RecordedGreedy
 from mllm.decoding.words import from_first_word, pieces
 from mllm.models.build import build_model
 from mllm.models.multimodal import MultimodalLM
 from mllm.train.stage_folder import FINISHED, load_stage
 from mllm.types import Example, Sample
 
+Decoding = Literal["ordinary", "recorded", "compiled"]
+"""`ordinary`: kernel by kernel. `recorded`: on a CUDA device, all kernels of a token at once. `compiled`: these
+compiled too, which takes seconds at the first answer. Elsewhere all three are ordinary."""
+
 
 class Assistant:
     """A loaded model with its processor."""
 
-    def __init__(self, model: MultimodalLM, processor: Processor) -> None:
-        """Raises a `ValueError` where the processor's pixels are not those that the encoder normalises."""
+    def __init__(self, model: MultimodalLM, processor: Processor, decoding: Decoding = "recorded") -> None:
+        """How it answers word by word is `decoding`, see `Decoding`.
+
+        Raises:
+            ValueError: the processor's pixels are not those that the encoder normalises.
+        """
         self.model, self.processor = model.eval(), processor
         check_normalisation(model, processor)
         self.device = next(model.connector.parameters()).device
         self.stop_ids = stop_ids(model, processor)
         self.pictures = Pictures(self.model, processor)
-        keeps = keeps_everything(model.llm)
-        self.greedy = Greedy(self.model, self.stop_ids, self.device) if keeps else None
+        self.greedy = self.choose_greedy(decoding) if keeps_everything(model.llm) else None
 
     @classmethod
-    def load(cls, model: str | Path, device: str | None = None) -> Assistant:
+    def load(cls, model: str | Path, device: str | None = None, decoding: Decoding = "recorded") -> Assistant:
         """From a stage folder, or from the Hub repository of one.
 
         Raises:
@@ -54,7 +62,13 @@ class Assistant:
         processor = Processor.load(folder / "processor")
         built = build_model(config, processor.image_token_id)
         load_stage(built, folder)
-        return cls(built.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), processor)
+        return cls(built.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), processor, decoding)
+
+    def choose_greedy(self, decoding: Decoding) -> Greedy:
+        """Recorded kernels need a CUDA device, and weights that are plain tensors."""
+        if decoding == "ordinary" or self.device.type != "cuda" or getattr(self.model.llm, "is_quantized", False):
+            return Greedy(self.model, self.stop_ids, self.device)
+        return RecordedGreedy(self.model, self.stop_ids, self.device, compiled=decoding == "compiled")
 
     @torch.inference_mode()
     def answer(self, samples: Sequence[Sample], max_new_tokens: int = 32) -> list[str]:
@@ -68,12 +82,16 @@ class Assistant:
 
         What was computed for the last conversation is kept: of one that goes on, only the new turn is computed.
         """
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}: an answer has at least one token")
         if self.greedy is None:
             return from_first_word(self.streamed_whole(sample, max_new_tokens))
-        prompt = read(sample, self.pictures, self.device)
-        return from_first_word(pieces(self.processor.tokenizer, self.greedy.answer(prompt, max_new_tokens)))
+        return from_first_word(pieces(self.processor.tokenizer, self.tokens(sample, max_new_tokens)))
+
+    def tokens(self, sample: Sample, max_new_tokens: int) -> Iterator[int]:
+        """The same as token ids, without the one that ends it."""
+        assert self.greedy is not None
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}: an answer has at least one token")
+        return self.greedy.answer(read(sample, self.pictures, self.device), max_new_tokens)
 
     def streamed_whole(self, sample: Sample, max_new_tokens: int) -> Iterator[str]:
         """The same by transformers' own loop, with nothing kept: for LLMs with recurrent states."""

@@ -2,6 +2,7 @@
 
     python recipes/benchmark.py data --json OUT.json
     python recipes/benchmark.py train --json OUT.json
+    python recipes/benchmark.py chat --json OUT.json
 
 Enters: nothing; the data is drawn. Leaves: a table on the screen and, in `--json`, the numbers with the machine.
 """
@@ -100,6 +101,38 @@ def train(
     finish(Console(width=None if sys.stdout.isatty() else 160), tables, found, json_path)
 
 
+def chat(
+    json_path: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+    tokens: int = 128,
+    repeats: int = 5,
+    only: Annotated[list[str] | None, tyro.conf.arg(metavar="LLM")] = None,
+) -> None:
+    """Two turns about a picture: tokens a second, time to the first token, what the second turn need not compute.
+
+    Models of real sizes with random weights on a CUDA device; on a CPU a small one, and the counts are what matters.
+
+    Args:
+        json_path: File to write the numbers to, after each way of each size.
+        tokens: Of a first answer.
+        repeats: How often each way is timed.
+        only: LLMs to measure; all where none is named.
+    """
+    if tokens < 5 or repeats < 1:
+        sys.exit(f"--tokens is {tokens}, --repeats {repeats}: give at least 5 and 1")
+    quiet_libraries()
+    from benchmarks import chatting
+    from benchmarks.chat_report import chat_table
+
+    try:
+        sizes = chatting.sizes(only)
+    except ValueError as error:
+        sys.exit(str(error))
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    with Console(stderr=True).status("starting") as status:
+        found = chatting.measure(sizes, tokens, repeats, partial(write, json_path), status.update)
+    finish(console, [chat_table(found)], found, json_path)
+
+
 def write(json_path: Path | None, found: dict[str, Any]) -> None:
     """What is known so far, with the machine."""
     if json_path:
@@ -116,4 +149,6 @@ def finish(console: Console, tables: list[Table], found: dict[str, Any], json_pa
 
 
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict({"data": data, "train": train}, description=(__doc__ or "").splitlines()[0])
+    tyro.extras.subcommand_cli_from_dict(
+        {"data": data, "train": train, "chat": chat}, description=(__doc__ or "").splitlines()[0]
+    )

@@ -54,7 +54,8 @@ def compiled_layers(llm: Any, cache: KeptCache, run: Any) -> Iterator[None]:
 
     AttentionInterface.register(ATTENTION, one_token)
     layers = layer_list(llm.get_decoder())
-    numbered = [(m, m.layer_idx) for layer in layers for m in layer.modules() if hasattr(m, "layer_idx")]
+    parts: list[Any] = [module for layer in layers for module in layer.modules()]
+    numbered = [(module, module.layer_idx) for module in parts if hasattr(module, "layer_idx")]
     before = llm.config._attn_implementation
     try:
         if before != "eager":

@@ -26,12 +26,13 @@ class FixedForward:
         self.last = torch.zeros(1, dtype=torch.long, device=table.device)
         """Row of the token whose successor is wanted; rows behind it are padding, and nobody sees them."""
         self.token = torch.zeros(1, 1, dtype=torch.long, device=table.device)
-        self.embeddings = table.new_zeros(1, width, table.shape[1]) if width > 1 else None
+        self.embeddings = table.new_zeros(1, width, table.shape[1])
+        """[1, T, D] of a width above 1; one token is looked up in the table."""
 
     def __call__(self) -> None:
         """Compute; the successor goes to `token`. One of width 1 is then ready for the next."""
         self.cache.write_at(self.positions)
-        new = {"input_ids": self.token} if self.embeddings is None else {"inputs_embeds": self.embeddings}
+        new = {"input_ids": self.token} if self.width == 1 else {"inputs_embeds": self.embeddings}
         masks = masks_of(self.llm.config, self.positions, self.cache.capacity, self.llm.dtype)
         found = self.llm(
             **new,
@@ -42,7 +43,7 @@ class FixedForward:
             logits_to_keep=self.last,
         )
         self.token.copy_(found.logits[0].argmax(-1, keepdim=True))
-        if self.embeddings is None:
+        if self.width == 1:
             self.positions.add_(1)
         self.cache.write_at(None)
 

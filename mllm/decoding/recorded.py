@@ -21,7 +21,7 @@ from mllm.decoding.greedy import Greedy
 from mllm.decoding.prompt import Prompt
 from mllm.models.multimodal import MultimodalLM
 
-CHUNK = 32
+CHUNK = 64
 """Tokens of a prompt that are computed at once: a short question. Up to so many the weights are what takes time."""
 MOST_CHUNKS = 4
 """A longer rest of a prompt keeps the device busy by itself."""
