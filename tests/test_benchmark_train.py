@@ -134,7 +134,7 @@ def test_the_rooms_of_a_step_make_up_the_step() -> None:
     parts = nn.ModuleDict({"encoder": nn.Linear(4, 4), "LLM": nn.Linear(4, 4)})
     whole = nn.Sequential(parts["encoder"], parts["LLM"])
     optimizer = torch.optim.SGD(whole.parameters(), lr=0.1)
-    watch = Stopwatch(Budget(warm_up=3, steps=4, rooms=5, syncs=1), CPU, dict(parts))
+    watch = Stopwatch(Budget(warm_up=3, steps=4, rooms=5, syncs=1), CPU, rooms=dict(parts))
     watch.look_at(whole)
     steps = 0
     with watch.running():
@@ -153,7 +153,7 @@ def test_the_rooms_of_a_step_make_up_the_step() -> None:
 def test_enough_leaves_no_hook_behind() -> None:
     part = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(part.parameters(), lr=0.1)
-    watch = Stopwatch(Budget(warm_up=1, steps=1, rooms=1, syncs=1), CPU, {})
+    watch = Stopwatch(Budget(warm_up=1, steps=1, rooms=1, syncs=1), CPU)
     with watch.running():
         raise Enough
     optimizer.step()

@@ -53,9 +53,9 @@ class Stopwatch:
 
     budget: Budget
     device: torch.device
-    rooms: dict[str, nn.Module]
-    """The modules that are rooms of their own."""
     tick: Callable[[str], None] = lambda words: None
+    rooms: dict[str, nn.Module] = field(default_factory=dict)
+    """The modules that are rooms of their own."""
     ends: list[Any] = field(default_factory=list)
     """Moments at which the timed steps began and ended."""
     marks: list[tuple[str, Any]] = field(default_factory=list)
@@ -66,13 +66,20 @@ class Stopwatch:
     warmed_up: int = 0
     """Steps in front of the timed ones."""
     handles: list[Any] = field(default_factory=list)
+    laps: dict[str, float] = field(default_factory=dict)
+    """Seconds on the wall of what a configuration does beside its steps too."""
     phase: str = "warm-up"
     done: int = 0
     """Steps of this phase."""
 
     def __post_init__(self) -> None:
-        self.began = time.perf_counter()
+        self.began = self.lapped = time.perf_counter()
         self.graphs = 0
+
+    def lap(self, name: str) -> None:
+        """That is what was done since the last one."""
+        now = time.perf_counter()
+        self.laps[name], self.lapped = now - self.lapped, now
 
     def moment(self) -> Any:
         """Now, on the device's own clock."""
@@ -94,6 +101,8 @@ class Stopwatch:
             Enough: it was the last one.
         """
         self.done += 1
+        if self.phase == "warm-up" and self.done == 1:
+            self.lap("first step")
         if self.phase == "steps":
             self.ends.append(self.moment())
         late = time.perf_counter() - self.began > self.budget.seconds
@@ -117,6 +126,7 @@ class Stopwatch:
         self.mark("loop")
 
     def enter(self, phase: str) -> None:
+        self.lap(self.phase)
         self.phase, self.done = phase, 0
 
     def wait(self) -> None:

@@ -110,18 +110,21 @@ def attempt(row: Configuration, budget: Budget, device: torch.device, say: Say, 
 def one(row: Configuration, budget: Budget, device: torch.device, say: Say, tokens: int, batch: int) -> dict[str, Any]:
     """Build, train, look at the watch."""
     say(f"{row.name}: building")
-    forget(device)
+    watch = Stopwatch(budget, device, lambda words: say(f"{row.name}: {words}"))
     model = draw_model(row.llm, row.encoder, device, dtype_on(device), attention(row))
+    watch.lap("drawing the model")
     choose_trainable(model, row.rates, row.adapter)
-    cost = cost_of(model)
+    watch.rooms, cost = rooms(model), cost_of(model)
+    watch.lap("choosing what trains")
     side, vocabulary = ENCODERS[row.encoder][1]["image_size"], LLMS[row.llm]["vocab_size"]
     drawing = Drawing(row.kind, model.vision_encoder.num_patches, side, vocabulary)
     index, processor = draw(drawing)
-    watch = Stopwatch(budget, device, rooms(model), lambda words: say(f"{row.name}: {words}"))
+    watch.lap("drawing the data")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     run = naive_run if row.way == "naive" else product_run
     shape, numbers = run(row, model, index, processor, watch, device, tokens, batch)
+    watch.lap("ending")
     works = [work_of(index, step) for step in numbers(watch.warmed_up, len(watch.step_seconds()))]
     return {**shape, **told(watch, works, cost, peak_flops(device, torch.bfloat16)), "peak_memory": peak_memory(device)}
 
@@ -247,6 +250,7 @@ def told(watch: Stopwatch, works: Sequence[Work], cost: Cost, peak: float) -> di
         "steps": len(seconds),
         "warm_up": watch.warmed_up,
         "rooms": watch.room_seconds(),
+        "laps": watch.laps,
         "syncs_per_step": len(watch.syncs) / watch.budget.syncs,
         "sync_places": sorted(set(watch.syncs)),
         "recompiled": watch.recompiled,
@@ -258,7 +262,7 @@ def ceiling(device: torch.device) -> float:
     side, times = (GEMM, 30) if device.type == "cuda" else (1024, 5)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    watch = Stopwatch(Budget(), device, {})
+    watch = Stopwatch(Budget(), device)
     out = left @ right
     for _ in range(times):
         torch.mm(left, right, out=out)
