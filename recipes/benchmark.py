@@ -97,6 +97,7 @@ def train(
             from benchmarks import ratios
 
             found = {"ratios": ratios.measure(pairs, status.update)}
+    found["machine"] = machine()
     tables = [report.rate_table(found), report.room_table(found)] if has_gpu else [report.ratio_table(found)]
     finish(Console(width=None if sys.stdout.isatty() else 160), tables, found, json_path)
 

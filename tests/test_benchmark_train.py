@@ -20,10 +20,10 @@ sys.path.append(str(RECIPES))
 from benchmarks import naive, product, ratios, training  # noqa: E402
 from benchmarks.configurations import configurations, default, stage_1, stage_2  # noqa: E402
 from benchmarks.drawn_training import Drawing, draw  # noqa: E402
-from benchmarks.page import PAGE, filled, read_results  # noqa: E402
+from benchmarks.page import PAGE, filled, markdown, read_results  # noqa: E402
 from benchmarks.sizes import LLMS, draw_model  # noqa: E402
 from benchmarks.stopwatch import ROOMS, Budget, Enough, Stopwatch  # noqa: E402
-from benchmarks.training_report import HEADS, lines, room_lines  # noqa: E402
+from benchmarks.training_report import HEADS, lines, rate_table, room_lines  # noqa: E402
 from mllm.data.loader import PlannedBatches, Share, batches  # noqa: E402
 from mllm.data.plan import Plan  # noqa: E402
 from mllm.train.forecasting.flops import needed  # noqa: E402
@@ -105,8 +105,12 @@ def test_what_fails_says_so_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch
     assert row["steps"] == 2
     assert row["tokens_per_second"] > 0
     assert row["recompiled"] == 0
+    found["machine"] = {"gpu": "an H200"}
     assert [len(line) for line in lines(found)] == [len(HEADS)] * 2
     assert len(room_lines(found)) == 1
+    table = markdown(rate_table(found)).splitlines()
+    assert [line.count("|") for line in table] == [len(HEADS) + 1] * 4
+    assert "out of memory" in table[2]
 
 
 def test_a_name_that_nothing_begins_with_is_refused() -> None:

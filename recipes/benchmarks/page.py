@@ -17,15 +17,10 @@ from typing import Any
 if __name__ == "__main__":
     sys.path.append(str(Path(__file__).parents[1]))
 
-from benchmarks.training_report import (
-    HEADS,
-    RATIO_HEADS,
-    ROOM_HEADS,
-    lines,
-    markdown,
-    ratio_lines,
-    room_lines,
-)
+from rich.table import Table
+from rich.text import Text
+
+from benchmarks.training_report import rate_table, ratio_table, room_table
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[2] / "BENCHMARKS.md"
@@ -47,12 +42,30 @@ def filled(page: str, results: dict[str, dict[str, Any]]) -> str:
 
 def tables(found: dict[str, Any]) -> str:
     """Machine, date, command; then what was measured."""
-    parts = [origin(found)]
-    if "rows" in found:
-        parts += [markdown(HEADS, lines(found)), markdown(ROOM_HEADS, room_lines(found))]
-    if "ratios" in found:
-        parts.append(markdown(RATIO_HEADS, ratio_lines(found)))
-    return "\n".join(parts)
+    return "\n".join([origin(found), *(markdown(table) for table in shown(found))])
+
+
+def shown(found: dict[str, Any]) -> list[Table]:
+    """The tables of the command that wrote these numbers, as it showed them."""
+    subject = found["machine"]["command"].split()[2]
+    if subject == "chat":
+        from benchmarks.chat_report import chat_table  # imports image processors
+
+        return [chat_table(found)]
+    return [rate_table(found), room_table(found)] if "rows" in found else [ratio_table(found)]
+
+
+def markdown(table: Table) -> str:
+    """A table of the screen as one of Markdown."""
+    rows = zip(*(list(column.cells) for column in table.columns), strict=True)
+    heads = [plain(column.header) for column in table.columns]
+    cells = [heads, ["---"] * len(heads), *([plain(cell) for cell in row] for row in rows)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in cells) + "\n"
+
+
+def plain(cell: Any) -> str:
+    """Words without colour, on one line."""
+    return Text.from_markup(str(cell)).plain.replace("\n", " ")
 
 
 def origin(found: dict[str, Any]) -> str:

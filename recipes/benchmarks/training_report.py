@@ -1,4 +1,4 @@
-"""The numbers of `train` as tables: on the screen, and as Markdown for BENCHMARKS.md.
+"""The numbers of `train` as tables.
 
 Enters: what `training.measure` found. Leaves: a row for each configuration with its rate, its share of what the device
 can do, its memory and how it compares with the one beside it; and where the time of a step goes.
@@ -14,7 +14,7 @@ from rich.table import Table
 from benchmarks.stopwatch import ROOMS
 
 GIB = 2**30
-HEADS = ("", "", "tokens/s", "p10 - p90", "MFU", "of ceiling", "peak GiB", "fill", "beside")
+HEADS = ("", "", "tokens/s", "p10 - p90", "MFU", "of ceiling", "peak GiB", "fill", "beside", "floor")
 FLOORS = {"B4 0.5B": 110_000, "B4 1.5B": 55_000, "B4 3B": 31_000, "B4 7B": 16_500, "S2 7B": 14_500, "S2 1.5B": 42_000}
 """Real tokens a second that an H200 shall reach."""
 Cells = list[str]
@@ -38,6 +38,7 @@ def line(name: str, row: dict[str, Any], found: dict[str, Any]) -> Cells:
         f"{row['peak_memory'] / GIB:.1f}",
         f"{row['fill']:.1%}",
         beside(row, found),
+        floor(name, row, found),
     ]
 
 
@@ -47,6 +48,14 @@ def beside(row: dict[str, Any], found: dict[str, Any]) -> str:
     if "tokens_per_second" not in other:
         return ""
     return f"{row['tokens_per_second'] / other['tokens_per_second']:.2f} x {row['beside']}"
+
+
+def floor(name: str, row: dict[str, Any], found: dict[str, Any]) -> str:
+    """What an H200 shall reach at least, and whether it does."""
+    if name not in FLOORS or "H200" not in found["machine"].get("gpu", ""):
+        return ""
+    met = row["tokens_per_second"] >= FLOORS[name]
+    return f"[green]{FLOORS[name]:,} met[/]" if met else f"[red]{FLOORS[name]:,} missed[/]"
 
 
 def room_lines(found: dict[str, Any]) -> list[Cells]:
@@ -105,10 +114,3 @@ def screen(title: str, heads: Iterable[str], rows: Iterable[Cells]) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
-
-
-def markdown(heads: Iterable[str], rows: Iterable[Cells]) -> str:
-    """A table of Markdown."""
-    heads = list(heads)
-    rule = ["---"] * len(heads)
-    return "\n".join("| " + " | ".join(row) + " |" for row in [heads, rule, *rows]) + "\n"
