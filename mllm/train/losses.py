@@ -13,9 +13,10 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import pad
 
 from mllm.models.multimodal import MultimodalLM
+from mllm.train.head_loss import head_loss
 from mllm.types import IGNORE_INDEX, Batch
 
 Reduction = Literal["token", "sample", "sqrt"]
@@ -43,17 +44,18 @@ class NextToken(nn.Module):
         each: bool = False,
         instruction_ids: Tensor | None = None,
         chosen: Supervision | None = None,
+        upstream: float = 1.0,
         **known: Any,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Weighted sum of the loss over the K supervised tokens, a float32 scalar; 0 with a gradient of 0 where K is
         0. With `each` also the loss of each supervised token [K] float32, unweighted and without a gradient.
-        What is `known` of a micro-batch before it is computed spares its device a wait (`inputs.py`)."""
+        What is `known` of a micro-batch before it is computed spares its device a wait (`inputs.py`); `upstream` is
+        the gradient that the sum will be given, if that is known by now (`head_loss.py`)."""
         hidden_states = self.model(input_ids, position_ids, pixel_values, num_images, instruction_ids, **known)
         at, targets, weight = chosen or supervision(labels, position_ids, reduction)
-        logits = self.model.logits(hidden_states.flatten(0, 1).index_select(0, at))  # [K, vocabulary]
-        losses = cross_entropy(logits.float(), targets, reduction="none")  # [K]
-        summed = (losses * weight).sum()
-        return (summed, losses.detach()) if each else summed
+        states = hidden_states.flatten(0, 1).index_select(0, at)  # [K, D]
+        summed, losses = head_loss(self.model, states, targets, weight, upstream)
+        return (summed, losses) if each else summed
 
 
 class Supervision(NamedTuple):

@@ -149,7 +149,7 @@ class Attempt:
         self.beat("forward", batch)
         try:
             inputs = step_inputs(batch, self.accelerator.device, self.model, self.reduction)
-            loss, losses = self.objective(**inputs, each=True)
+            loss, losses = self.objective(**inputs, each=True, upstream=self.scale)
             self.found.append((batch, loss.detach(), losses))
             return loss
         except torch.OutOfMemoryError as error:

@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from mllm.models.connectors.qformer import LONGEST
 from mllm.models.multimodal import MultimodalLM
 from mllm.models.quantised import is_4bit
 from mllm.train.forecasting.live_memory import Tracker
+from mllm.train.head_loss import head_loss
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,8 @@ class Shadow(nn.Module):
             ).last_hidden_state  # [B, S, D]
         with self.tracker.during("loss"):
             place = torch.empty(supervised, dtype=torch.int64, device=ids.device)
-            logits = model.logits(hidden[:, :-1][place, place])  # [K, vocabulary]
-            losses = cross_entropy(logits.float(), place, reduction="none")
-            return (losses * torch.empty_like(losses)).sum()
+            weights = torch.empty(supervised, device=ids.device)
+            return head_loss(model, hidden[:, :-1][place, place], place, weights)[0]
 
 
 def trace(model: MultimodalLM, shape: Shape, setup: Setup) -> dict[str, Counter[str]]:
