@@ -57,6 +57,22 @@ def test_packed_equals_separate_in_bfloat16_on_the_device(family: str, attention
     assert torch.nn.functional.cosine_similarity(packed, separate, dim=0) > 0.99
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_entropy_kernel_gives_the_losses_and_the_gradient_of_torchs_own(dtype: torch.dtype, tolerance: float) -> None:
+    pytest.importorskip("triton")
+    from mllm.train.kernels.entropy import entropy_in_place
+
+    torch.manual_seed(0)
+    for rows, words in ((1, 5), (7, 4096), (33, 10_001)):
+        logits = (4 * torch.randn(rows, words, device="cuda")).to(dtype).requires_grad_()
+        targets, weights = torch.randint(0, words, (rows,), device="cuda"), torch.rand(rows, device="cuda")
+        losses = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+        (expected,) = torch.autograd.grad(losses, logits, weights)
+        found = logits.detach().clone()
+        torch.testing.assert_close(entropy_in_place(found, targets, weights), losses.detach(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=1e-7)
+
+
 def test_float32_loss_on_the_device_equals_the_loss_on_the_cpu() -> None:
     processor, model = make_processor(), make_model()
     batch = batch_of([[processor(make_sample(i)) for i in range(4)]])

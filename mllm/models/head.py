@@ -11,13 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+BEHIND = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+"""Gemma 2's cap, Cohere's factor, Granite's divisor."""
+
 
 def scaled(logits: Tensor, config: Any) -> Tensor:
     """[..., vocabulary] -> the same, with the family's cap, factor or divisor."""
-    if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
+    cap, factor, divisor = (getattr(config, name, None) for name in BEHIND)
+    if cap:
         logits = torch.tanh(logits / cap) * cap
-    if scale := getattr(config, "logit_scale", None):  # Cohere
-        logits = logits * scale
-    if divisor := getattr(config, "logits_scaling", None):  # Granite
+    if factor:
+        logits = logits * factor
+    if divisor:
         logits = logits / divisor
     return logits

@@ -4,7 +4,7 @@ Enters: hidden states [K, D] of supervised positions, the head, what each positi
 weighted sum of the losses, and each of them. The gradient of the states, and of a head that trains, is computed in
 the same go, so that no logits wait for the backward pass; a frozen head has no gradient at all.
 
-As the plain way (the head's own call, then cross-entropy in float32) it rounds nowhere else: where the rows fit in
+On a CPU it rounds as the plain way does (the head's own call, then cross-entropy in float32): where the rows fit in
 one chunk, and the gradient of the sum is known beforehand, the bits are the same. That way stays for heads that are
 no plain `Linear` in one piece here: an adapter or four bits on it, ZeRO stage 3 and FSDP2, which put it together
 around its call.
@@ -14,13 +14,15 @@ K supervised positions, C of a chunk, D width of the LLM, V vocabulary.
 
 from __future__ import annotations
 
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
-from mllm.models.head import scaled
+from mllm.models.head import BEHIND, scaled
 from mllm.models.multimodal import MultimodalLM
 
 ROWS = 4096
@@ -119,6 +121,10 @@ def chunks(rows: int) -> list[slice]:
 
 def to_gradient(logits: Tensor, targets: Tensor, weights: Tensor, config: Any, wanted: bool) -> Tensor:
     """The loss of each row [C] float32; where `wanted`, its weighted gradient takes the place of `logits` [C, V]."""
+    if wanted and logits.is_cuda and has_triton() and not any(getattr(config, name, None) for name in BEHIND):
+        from mllm.train.kernels.entropy import entropy_in_place
+
+        return entropy_in_place(logits, targets, weights)
     size = max(1, FLOAT32_BYTES // (4 * logits.shape[1]))
     losses = [logits.new_zeros(0, dtype=torch.float32)]
     for raw, target, weight in zip(logits.split(size), targets.split(size), weights.split(size), strict=True):
@@ -129,3 +135,8 @@ def to_gradient(logits: Tensor, targets: Tensor, weights: Tensor, config: Any, w
         if wanted:
             raw.detach().copy_(torch.autograd.grad(own, raw, weight)[0])
     return torch.cat(losses)
+
+
+@cache
+def has_triton() -> bool:
+    return find_spec("triton") is not None

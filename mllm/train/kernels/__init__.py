@@ -1,0 +1,1 @@
+"""Triton kernels, imported where a CUDA device computes and nowhere else."""
