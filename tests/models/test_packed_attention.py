@@ -42,9 +42,10 @@ def summed(model: MultimodalLM, batch: Batch, packed: bool) -> tuple[Tensor, Ten
     return loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
+@pytest.mark.parametrize("kernel", ["mllm_varlen", "mllm_by_sample"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_by_boundaries_equals_separate_samples_by_the_familys_own_masks(family: str) -> None:
-    ours, own = (make_model(family, name) for name in ("mllm_varlen", "sdpa"))
+def test_packed_by_boundaries_equals_separate_samples_by_the_familys_own_masks(family: str, kernel: str) -> None:
+    ours, own = (make_model(family, name) for name in (kernel, "sdpa"))
     packed_loss, packed = summed(ours, batches([[1, 2, 3], [4, 5]]), packed=True)
     alone = [summed(own, batches([[n]]), packed=False) for n in (1, 2, 3, 4, 5)]
     torch.testing.assert_close(packed_loss, sum(loss for loss, _ in alone), rtol=1e-6, atol=0)
@@ -155,6 +156,25 @@ def test_every_signature_of_torchs_kernel_is_called_for_the_same_result(
     torch.testing.assert_close(found, kernels.reference(*drawn, starts, 13, 0.3, window))
 
 
+def test_by_sample_the_model_finds_the_boundaries_itself_and_no_pairs_of_other_samples_are_computed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes: list[int] = []
+    dense = kernels.scaled_dot_product_attention
+
+    def counted(query: Tensor, *given: Any, **options: Any) -> Tensor:
+        sizes.append(query.shape[2])
+        return dense(query, *given, **options)
+
+    monkeypatch.setattr(kernels, "scaled_dot_product_attention", counted)
+    batch = batches([[1, 2], [3]])
+    losses = [summed(make_model(attention="mllm_by_sample"), batch, packed=packed)[0] for packed in (False, True)]
+    assert losses[0] == losses[1]
+    samples = boundaries(batch["position_ids"]).starts.diff()
+    assert sizes == samples[samples > 0].tolist() * 2 * 2  # layers, runs
+    assert max(sizes) < batch["input_ids"].shape[1]
+
+
 def test_on_a_cpu_auto_is_sdpa_and_a_kernel_is_refused_before_the_first_step() -> None:
     llm = make_llm()
     assert implementation("auto", llm.config) == "sdpa"
@@ -164,6 +184,9 @@ def test_on_a_cpu_auto_is_sdpa_and_a_kernel_is_refused_before_the_first_step() -
     with pytest.raises(ValueError, match=r"flex cannot train on a CPU"):
         check_attention("flex", llm, CPU)
     check_attention("sdpa", llm, CPU)
+    check_attention("by_sample", make_llm("mistral", "mllm_by_sample", head_dim=12), CPU)
+    with pytest.raises(ValueError, match=r"by_sample on a cuda: it is for CPUs"):
+        check_attention("by_sample", llm, torch.device("cuda"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without a CUDA device says")

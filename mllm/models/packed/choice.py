@@ -3,7 +3,8 @@
 Enters: the setting and the LLM's config. Leaves: a name for transformers, or a `ValueError` before the first step.
 
 `auto` takes the first that this machine and this LLM can: torch's `varlen`, flash-attn's `flash`, FlexAttention
-(`flex`), and `sdpa`, which masks all pairs of a row. On a CPU it is sdpa.
+(`flex`), and `sdpa`, which masks all pairs of a row. On a CPU it is sdpa; `by_sample` is faster there, the more so the
+longer a row is than its samples, and differs from it in rounding.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from mllm.models.packed.boundaries import Boundaries, as_mask, boundaries
 from mllm.models.packed.function import NAMES, register
 from mllm.models.packed.kernels import has_flash, varlen_parameters
 
-Attention = Literal["auto", "varlen", "flash", "flex", "sdpa", "eager"]
-IMPLEMENTATIONS = {"varlen": "mllm_varlen", "flash": "mllm_fa2", "flex": "flex_attention"}
+Attention = Literal["auto", "varlen", "flash", "flex", "by_sample", "sdpa", "eager"]
+IMPLEMENTATIONS = {name: own for own, name in NAMES.items()} | {"flex": "flex_attention"}
 """As transformers calls them, where it does so otherwise."""
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 WIDEST = 256
@@ -61,7 +62,9 @@ def obstacles(kernel: Attention, config: Any) -> list[str]:
         found.append(f"torch {torch.__version__} has no torch.nn.attention.varlen")
     if kernel == "flash" and not has_flash():
         found.append("flash-attn is not installed: pip install 'mllm[flash]'")
-    if not torch.cuda.is_available():
+    if kernel == "by_sample":
+        pass
+    elif not torch.cuda.is_available():
         found.append("there is no CUDA device")
     elif torch.cuda.get_device_capability() < (8, 0):
         found.append("the CUDA device is older than Ampere")
@@ -73,7 +76,7 @@ def obstacles(kernel: Attention, config: Any) -> list[str]:
     if strange := set(getattr(text, "layer_types", None) or ()) - KNOWN_LAYERS:
         found.append(f"this LLM has layers of {', '.join(sorted(strange))}")
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    if width % 8 or width > WIDEST:
+    if kernel != "by_sample" and (width % 8 or width > WIDEST):
         found.append(f"a head of {width} numbers: expected a multiple of 8 up to {WIDEST}")
     if getattr(text, "attention_dropout", 0):
         found.append("this LLM drops attention out (attention_dropout)")
@@ -89,7 +92,7 @@ def packed_mask(llm: Any, embeddings: Tensor, position_ids: Tensor, samples: Bou
     if not reads_boundaries(llm) or (embeddings.is_cuda and not is_half):
         return None
     if samples is None:
-        if not embeddings.is_cuda:
+        if not embeddings.is_cuda and NAMES[llm.config._attn_implementation] != "by_sample":
             return None
         made = boundaries(position_ids)
         samples = Boundaries(made.starts.to(embeddings.device), made.longest)
@@ -110,10 +113,12 @@ def check_attention(choice: Attention, llm: Any, device: torch.device) -> None:
     remedy = "set model.attention to auto or sdpa"
     if choice == "flex" and device.type == "cpu":
         raise ValueError(f"model.attention flex cannot train on a CPU (torch has no backward pass for it): {remedy}")
-    if choice in ("varlen", "flash") and (found := obstacles(choice, llm.config)):
+    if choice in NAMES.values() and (found := obstacles(choice, llm.config)):
         raise ValueError(f"model.attention {choice}: {'; '.join(found)}: {remedy}")
     if choice in ("varlen", "flash") and device.type != "cuda":
         raise ValueError(f"model.attention {choice} on a {device.type}: it needs a CUDA device; {remedy}")
+    if choice == "by_sample" and device.type != "cpu":
+        raise ValueError(f"model.attention by_sample on a {device.type}: it is for CPUs; {remedy}")
     if llm.config._attn_implementation in NAMES:
         prove(llm)
 

@@ -1,4 +1,4 @@
-"""The kernels as attention functions of transformers: `mllm_varlen`, `mllm_fa2`.
+"""The kernels as attention functions of transformers: `mllm_varlen`, `mllm_fa2`, `mllm_by_sample`.
 
 Enters: what a layer of an LLM hands to its attention function, with the boundaries of the samples in the mask's place.
 Leaves: what the layer expects back. Anything else that an LLM is asked (to generate from a cache, to read a padded
@@ -18,7 +18,7 @@ from torch import Tensor
 from mllm.models.packed.boundaries import from_mask, is_boundaries
 from mllm.models.packed.kernels import KERNELS, reference
 
-NAMES = {"mllm_varlen": "varlen", "mllm_fa2": "flash"}
+NAMES = {"mllm_varlen": "varlen", "mllm_fa2": "flash", "mllm_by_sample": "by_sample"}
 """What the LLM's config says, and the kernel. transformers takes a name with "flash" in it for its own."""
 BEYOND = {"softcap": "caps its attention scores", "s_aux": "has attention sinks", "position_bias": "adds a bias"}
 """What no kernel here does, as transformers names it."""
@@ -64,7 +64,7 @@ def packed_attention(
     dtype = half(value)
     q, k, v = (part.transpose(1, 2).flatten(0, 1).to(dtype) for part in (query, key, value))  # [B * S, H or G, d]
     scale = width**-0.5 if scaling is None else scaling
-    run = KERNELS[kernel] if query.is_cuda else reference
+    run = KERNELS[kernel] if query.is_cuda or kernel == "by_sample" else reference
     out = run(q, k, v, starts, longest, scale, sliding_window)  # [B * S, H, d]
     return out.view(batch, length, heads, width), None
 

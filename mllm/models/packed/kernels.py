@@ -3,8 +3,9 @@
 Enters: queries [T, H, d], keys and values [T, G, d] in half precision, where each sample begins [M + 1] and the length
 of the longest. Leaves: [T, H, d]. Every sample is causal, and sees the last `window` tokens only where one is given.
 
-`varlen` is torch's own (FlashAttention's, in torch since 2.10), `flash` that of the flash-attn package. `reference`
-says the same by a mask of all pairs: it proves the two others, and runs anywhere.
+`varlen` is torch's own (FlashAttention's, in torch since 2.10), `flash` that of the flash-attn package, `by_sample` is
+torch's sdpa on one sample after the other, for CPUs. `reference` says the same by a mask of all pairs: it proves the
+others, and runs anywhere.
 
 T tokens of all rows, H query heads, G key-value heads, d width of a head, M samples.
 """
@@ -75,6 +76,23 @@ def has_flash() -> bool:
     return importlib.util.find_spec("flash_attn") is not None
 
 
+def by_sample(
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, scale: float, window: int | None
+) -> Tensor:
+    """Each sample alone: a row costs the squares of its samples' lengths, and not the square of its own."""
+    lengths = [length for length in starts.diff().tolist() if length]
+    options: dict[str, Any] = {"scale": scale, "enable_gqa": key.shape[1] != query.shape[1]}
+    parts = []
+    for sample in zip(*(part.transpose(0, 1)[None].split(lengths, 2) for part in (query, key, value)), strict=True):
+        tokens = sample[0].shape[2]
+        if window is None or tokens <= window:
+            parts.append(scaled_dot_product_attention(*sample, is_causal=True, **options))  # [1, H, length, d]
+        else:
+            seen = torch.ones(tokens, tokens, dtype=torch.bool).tril().triu(1 - window)
+            parts.append(scaled_dot_product_attention(*sample, attn_mask=seen, **options))
+    return torch.cat(parts, 2)[0].transpose(0, 1)
+
+
 def reference(
     query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, scale: float, window: int | None
 ) -> Tensor:
@@ -91,4 +109,4 @@ def reference(
     return out[0].transpose(0, 1)
 
 
-KERNELS: dict[str, Kernel] = {"varlen": varlen, "flash": flash}
+KERNELS: dict[str, Kernel] = {"varlen": varlen, "flash": flash, "by_sample": by_sample}
