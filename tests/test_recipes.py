@@ -127,6 +127,7 @@ def test_two_stages_leave_whole_folders_and_finite_losses(trained: Path) -> None
         names = {path.name for path in (trained / stage).iterdir()}
         assert names == {
             "config.yaml",
+            "config.json",
             "connector.safetensors",
             "processor",
             "metrics.jsonl",

@@ -63,13 +63,13 @@ def compare(folder: str, reference: str) -> dict[str, Any]:
         folder, dtype=torch.float32, output_loading_info=True, **options
     )
     model, keys = loaded
-    name = type(model).__name__
+    name, module = type(model).__name__, type(model).__module__
     if adapter:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, adapter)
     model.eval()
-    found: dict[str, Any] = {**versions(), "class": name, "keys": problems(keys), "samples": []}
+    found: dict[str, Any] = {**versions(), "class": name, "module": module, "keys": problems(keys), "samples": []}
     with torch.inference_mode():
         for number, sample in enumerate(told["samples"]):
             own = {k.partition("/")[2]: v for k, v in ours.items() if k.startswith(f"{number}/")}

@@ -73,12 +73,7 @@ def load(name: str, with_adapter: bool = True, rounded_to: torch.dtype | None = 
     Raises:
         ValueError: there is no such stage, or its weights were drawn at random.
     """
-    folder = find_folder(name)
-    config = load_config(stage_config(folder))
-    parts = config.parts()
-    if parts.random_weights:
-        raise ValueError(f"{name} has model.random_weights: its parts exist nowhere, there is nothing to export")
-    processor = Processor.load(folder / "processor")
+    folder, config, parts, processor = read(name)
     # four bits are drawn from the weights as training read them
     exact = parts if parts.quantisation else replace(parts, dtype="float32")
     model = build_model(exact, processor.image_token_id)
@@ -92,6 +87,24 @@ def load(name: str, with_adapter: bool = True, rounded_to: torch.dtype | None = 
         dequantise(model.llm)
         model.llm.differs_from_hub = True
     return Trained(folder, config, parts, model.float().eval().requires_grad_(False), processor)
+
+
+def skeleton(name: str) -> Trained:
+    """The same without a weight (meta device): enough to tell where the model lives, and to write its processor."""
+    folder, config, parts, processor = read(name)
+    with torch.device("meta"):
+        model = build_model(replace(parts, random_weights=True, quantisation=None), processor.image_token_id)
+    return Trained(folder, config, parts, model, processor)
+
+
+def read(name: str) -> tuple[Path, RunConfig, ModelConfig, Processor]:
+    """What a stage folder says of itself beside its weights."""
+    folder = find_folder(name)
+    config = load_config(stage_config(folder))
+    parts = config.parts()
+    if parts.random_weights:
+        raise ValueError(f"{name} has model.random_weights: its parts exist nowhere, there is nothing to export")
+    return folder, config, parts, Processor.load(folder / "processor")
 
 
 def check_prompt(trained: Trained) -> None:

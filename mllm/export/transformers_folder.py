@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mllm.export import Dtype, Exported, cohere, deepseek, environments, llava, processor_files, remote_code
+from mllm.export import Dtype, Exported, cohere, deepseek, environments, llava, processor_files
 from mllm.export.homes import AYA_VISION, COHERE2_VISION, DEEPSEEK_VL, LLAVA, VIP_LLAVA, Home, find_home
 from mllm.export.proof import prove
+from mllm.export.remote_code import writer
 from mllm.export.trained import Trained, check_prompt, load
 from mllm.generate import stop_ids
 
@@ -34,7 +35,7 @@ def write(model: str, folder: Path, dtype: Dtype, check_with: list[str]) -> Expo
     return Exported(
         folder,
         "transformers",
-        home.architecture or remote_code.ARCHITECTURE,
+        home.architecture or writer.ARCHITECTURE,
         home.why,
         tuple(proofs),
         notes(home, left_out),
@@ -42,7 +43,7 @@ def write(model: str, folder: Path, dtype: Dtype, check_with: list[str]) -> Expo
 
 
 def exported_as(home: Home) -> str:
-    return home.architecture or remote_code.ARCHITECTURE
+    return home.architecture or writer.ARCHITECTURE
 
 
 def notes(home: Home, left_out: str) -> tuple[str, ...]:
@@ -55,7 +56,24 @@ def write_files(trained: Trained, folder: Path, dtype: torch.dtype) -> Home:
     """Everything but the proof; where the model lives.
 
     Raises:
-        ValueError: the connector reads the user's words, which no processor of transformers hands it.
+        ValueError: the model is not exported, and why.
+    """
+    refuse(trained)
+    home = find_home(trained.model)
+    form: Any = FORMS[home.architecture] if home.is_stock else writer
+    write_model(folder, form.config(trained), form.tensors(trained), dtype)
+    write_generation_config(trained, folder)
+    if not home.is_stock:
+        writer.write_code(trained, folder)
+    write_processor(trained, folder)
+    return home
+
+
+def refuse(trained: Trained) -> None:
+    """Stop where no processor of transformers can do what the model was trained with.
+
+    Raises:
+        ValueError: the connector reads the user's words, or pictures and prompts are prepared otherwise.
     """
     if getattr(trained.parts.connector, "instruct", False):
         raise ValueError(
@@ -63,18 +81,16 @@ def write_files(trained: Trained, folder: Path, dtype: torch.dtype) -> Home:
             "`mllm chat` and `mllm eval` run the stage as it is"
         )
     check_prompt(trained)
-    home = find_home(trained.model)
-    form: Any = FORMS[home.architecture] if home.is_stock else remote_code
-    write_model(folder, form.config(trained), form.tensors(trained), dtype)
-    write_generation_config(trained, folder)
-    if form is llava:
+
+
+def write_processor(trained: Trained, folder: Path) -> None:
+    """The processor's files; no weight is looked at."""
+    refuse(trained)
+    if FORMS.get(find_home(trained.model).architecture) is llava:
         patch, strategy = trained.encoder.grid.patch, llava.select_strategy(trained)
     else:  # the whole picture is one patch; what it becomes is counted as additional tokens
         patch, strategy = trained.processor.pixel_shape[1], "full"
-    if not home.is_stock:
-        remote_code.write_code(trained, folder)
     processor_files.write(trained.processor, folder, trained.parts.llm, patch, strategy, trained.takes_bytes)
-    return home
 
 
 def write_model(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], dtype: torch.dtype) -> None:

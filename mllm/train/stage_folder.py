@@ -2,8 +2,8 @@
 
 `config.yaml`, `connector.safetensors`, `adapter/` and `vision_adapter/` (LoRA, peft's own layout) or `llm.safetensors`
 / `vision_encoder.safetensors` where a part trained whole, `processor/`. Frozen weights are named in the config, not
-copied. Nothing depends on how many ranks there were or how DeepSpeed cut the tensors up: every rank calls, the main
-one writes.
+copied. `config.json` tells transformers' Auto classes whose folder it is (`mllm/registration.py`). Nothing depends on
+how many ranks there were or how DeepSpeed cut the tensors up: every rank calls, the main one writes.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import nn
 from mllm.models.deferred import is_deferred, stand_ins
 from mllm.models.multimodal import MultimodalLM
 from mllm.models.quantised import fill, is_4bit, is_quantised, packed_parts, round_to_4bit
+from mllm.registration import STAGE_TYPE
 from mllm.train.engines.shards import whole
 from mllm.train.saving.tensors import fill_tensors, load_tensors, save_tensors
 from mllm.train.tuning.adapters import Lora, is_adapted, put, wrapped
@@ -42,6 +43,7 @@ def save_stage(folder: Path, model: MultimodalLM, processor: Processor, config_y
     if is_main:
         (folder / "config.yaml").write_text(config_yaml)
         processor.save(folder / "processor")
+        (folder / "config.json").write_text(json.dumps({"model_type": STAGE_TYPE}) + "\n")
     for name in ADAPTERS:
         save_part(folder, model, name, is_main)
     save_whole(model.connector, folder / FINISHED, is_main)

@@ -356,7 +356,7 @@ def test_saved_stage_loads_to_equal_hidden_states(tmp_path: Path, more: dict[str
 )
 def test_stage_holds_what_trained_and_names_the_rest(tmp_path: Path, more: dict[str, Any], files: set[str]) -> None:
     folder = saved(tmp_path / "stage", shaken(settings(tmp_path, **more)))
-    assert {path.name for path in folder.iterdir()} == {"config.yaml", FINISHED, "processor", *files}
+    assert {path.name for path in folder.iterdir()} == {"config.yaml", "config.json", FINISHED, "processor", *files}
 
 
 CHAINS = {
