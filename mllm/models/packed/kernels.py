@@ -81,15 +81,16 @@ def by_sample(
 ) -> Tensor:
     """Each sample alone: a row costs the squares of its samples' lengths, and not the square of its own."""
     lengths = [length for length in starts.diff().tolist() if length]
-    options: dict[str, Any] = {"scale": scale, "enable_gqa": key.shape[1] != query.shape[1]}
-    parts = []
-    for sample in zip(*(part.transpose(0, 1)[None].split(lengths, 2) for part in (query, key, value)), strict=True):
-        tokens = sample[0].shape[2]
-        if window is None or tokens <= window:
-            parts.append(scaled_dot_product_attention(*sample, is_causal=True, **options))  # [1, H, length, d]
-        else:
+    grouped, parts = key.shape[1] != query.shape[1], []
+    for q, k, v in zip(*(part.transpose(0, 1)[None].split(lengths, 2) for part in (query, key, value)), strict=True):
+        tokens, seen = q.shape[2], None
+        if window is not None and tokens > window:
             seen = torch.ones(tokens, tokens, dtype=torch.bool).tril().triu(1 - window)
-            parts.append(scaled_dot_product_attention(*sample, attn_mask=seen, **options))
+        parts.append(  # [1, H, length, d]
+            scaled_dot_product_attention(
+                q, k, v, attn_mask=seen, is_causal=seen is None, scale=scale, enable_gqa=grouped
+            )
+        )
     return torch.cat(parts, 2)[0].transpose(0, 1)
 
 
