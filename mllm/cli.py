@@ -11,26 +11,23 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
+from mllm.conversation import COMMANDS, Answers, Talk, question, say
 from mllm.quiet import quiet_libraries
 
-if TYPE_CHECKING:
-    from mllm.generate import Assistant
-    from mllm.types import Message, Sample
-
 NO_MODEL = "no model: train one (`make demo`), or give --model DIR|HUB_ID or set $MLLM_MODEL"
-COMMANDS = "/image PATH  /clear  /exit"
 
 
 def chat(
     image: Annotated[list[str], tyro.conf.UseAppendAction] = [],  # noqa: B006
-    prompt: str = "",
+    prompt: Annotated[str, tyro.conf.arg(aliases=["-p"])] = "",
     model: str = "",
     max_new_tokens: int = 256,
     json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
+    compile: bool = True,
 ) -> None:
     """Talk about images with a trained model.
 
@@ -40,15 +37,20 @@ def chat(
         model: Stage folder or Hub id; $MLLM_MODEL, or the newest finished run under runs/, where it is not given.
         max_new_tokens: Longest answer in tokens.
         json_output: Print question, answer and model as one JSON object.
+        compile: On a CUDA device: in a conversation compile the LLM for one token at a time, which takes seconds at the
+            first answer and makes all others faster. False does without recorded kernels, too.
     """
     name = choose_model(model)
     if not prompt and not sys.stdin.isatty():
         prompt = sys.stdin.read().strip()
     quiet_libraries()
-    from mllm.generate import Assistant
+    from mllm.generate import Assistant, Decoding
 
-    assistant = Assistant.load(name)
+    faster: Decoding = "recorded" if prompt else "compiled"  # compiling takes longer than one answer does
+    assistant = Assistant.load(name, decoding=faster if compile else "ordinary")
     if not prompt:
+        if assistant.compiles:
+            print("The first answer takes some seconds longer: the LLM is compiled (--no-compile: it is not).")
         return converse(assistant, list(image), max_new_tokens)
     answer = assistant.stream(question([], prompt, list(image)), max_new_tokens)
     if json_output:
@@ -57,63 +59,19 @@ def chat(
         say(answer)
 
 
-def converse(assistant: Assistant, images: list[str], max_new_tokens: int) -> None:
+def converse(assistant: Answers, images: list[str], max_new_tokens: int) -> None:
     """Questions and answers until /exit; images named by /image stand in front of the next question."""
-    from mllm.types import Message
-
-    history: Sample = question([], "", [])
-    history.messages.clear()
+    talk = Talk(assistant, images, max_new_tokens)
     print(f"Ask away. {COMMANDS}")
-    waiting = images
     while True:
         try:
             line = input("> ").strip()
         except (EOFError, KeyboardInterrupt):
             return print()
-        command, _, rest = line.partition(" ")
-        if command == "/exit":
+        if line in ("/exit", "/quit"):
             return
-        if command == "/clear":
-            history.messages.clear()
-            history.images.clear()
-            waiting = images
-        elif command == "/image":
-            waiting = [*waiting, rest]
-        elif line:
-            turn = question(history.messages, line, waiting)
-            turn.images[:0] = history.images
-            try:
-                words = say(assistant.stream(turn, max_new_tokens))
-            except ValueError as error:
-                waiting = []
-                print(f"error: {error}")
-                continue
-            history, waiting = turn, []
-            history.messages.append(Message("assistant", [words]))
-
-
-def question(before: list[Message], words: str, images: list[str]) -> Sample:
-    """A conversation that ends with a question, its images in front unless the words say where."""
-    from mllm.data.formats.source import split_at_images
-    from mllm.types import Mark, Message, Sample
-
-    content = split_at_images(words)
-    if Mark.IMAGE not in content:
-        content = [*[Mark.IMAGE] * len(images), *(["\n"] if images else []), *content]
-    return Sample("chat", [*before, Message("user", content)], list(images), where="your question")
-
-
-def say(pieces: object) -> str:
-    """Print an answer as it comes; Ctrl-C ends the answer, not the program."""
-    words = ""
-    try:
-        for piece in pieces:  # type: ignore[attr-defined]
-            words += piece
-            print(piece, end="", flush=True)
-    except KeyboardInterrupt:
-        pass
-    print()
-    return words.strip()
+        if line:
+            talk.hear(line)
 
 
 def choose_model(model: str) -> str:

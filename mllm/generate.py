@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any, Literal
 
 import torch
@@ -70,6 +70,11 @@ class Assistant:
             return Greedy(self.model, self.stop_ids, self.device)
         return RecordedGreedy(self.model, self.stop_ids, self.device, compiled=decoding == "compiled")
 
+    @property
+    def compiles(self) -> bool:
+        """Will the first answer take longer than the others?"""
+        return isinstance(self.greedy, RecordedGreedy) and self.greedy.compiled is not None
+
     @torch.inference_mode()
     def answer(self, samples: Sequence[Sample], max_new_tokens: int = 32) -> list[str]:
         """The greedy answer to each conversation, all in one batch; each ends with a user's message."""
@@ -83,8 +88,9 @@ class Assistant:
         What was computed for the last conversation is kept: of one that goes on, only the new turn is computed.
         """
         if self.greedy is None:
-            return from_first_word(self.streamed_whole(sample, max_new_tokens))
-        return from_first_word(pieces(self.processor.tokenizer, self.tokens(sample, max_new_tokens)))
+            yield from from_first_word(self.streamed_whole(sample, max_new_tokens))
+        else:
+            yield from from_first_word(pieces(self.processor.tokenizer, self.tokens(sample, max_new_tokens)))
 
     def tokens(self, sample: Sample, max_new_tokens: int) -> Iterator[int]:
         """The same as token ids, without the one that ends it."""
@@ -101,19 +107,25 @@ class Assistant:
         with torch.inference_mode():
             inputs = self.inputs([self.processor.prompt(sample)])
         failed: list[Exception] = []
+        over = Over()
 
         @torch.inference_mode()
         def generate() -> None:
             try:
-                self.model.llm.generate(**inputs, **self.options(max_new_tokens), streamer=streamer)
+                self.model.llm.generate(
+                    **inputs, **self.options(max_new_tokens), streamer=streamer, stopping_criteria=[over]
+                )
             except Exception as error:  # told to the caller below: here nobody would hear it, and he would wait
                 failed.append(error)
                 streamer.end()
 
         work = Thread(target=generate, daemon=True)
         work.start()
-        yield from streamer
-        work.join()
+        try:
+            yield from streamer
+        finally:  # also where nobody listens any more: the next answer must not find this one at work
+            over.set()
+            work.join()
         if failed:
             raise failed[0]
 
@@ -144,6 +156,13 @@ class Assistant:
         """The words before the first end mark."""
         end = next((i for i, token in enumerate(tokens) if token in self.stop_ids), len(tokens))
         return str(self.processor.tokenizer.decode(tokens[:end], skip_special_tokens=True)).strip()
+
+
+class Over(Event):
+    """A stopping criterion of transformers: yes for every row of [B, S], once it is set."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        return torch.full((len(input_ids),), self.is_set(), device=input_ids.device)
 
 
 def check_normalisation(model: MultimodalLM, processor: Processor) -> None:

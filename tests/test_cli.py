@@ -16,11 +16,13 @@ import pytest
 from conftest import make_processor, picture, write_llava
 from mllm import cli
 from mllm.config import RunConfig, dump_config
+from mllm.data.formats.messages import MessagesSource
 from mllm.generate import Assistant
 from mllm.models.build import ModelConfig, build_model
+from mllm.models.vision_encoder import VisionEncoder
 from mllm.train.settings import TrainConfig
 from mllm.train.stage_folder import save_stage
-from mllm.types import Mark, Sample
+from mllm.types import Mark, Message, Sample
 
 HEAVY = ("torch", "transformers", "peft", "accelerate", "numpy", "PIL", "matplotlib")
 SECONDS = 1.0
@@ -209,9 +211,11 @@ class Echo:
         yield from ("heard ", str(len(sample.messages)))
 
 
-def talk(monkeypatch: Any, *lines: str | type[BaseException], images: list[str] | None = None) -> Echo:
+def talk(
+    monkeypatch: Any, *lines: str | type[BaseException], images: list[str] | None = None, echo: Echo | None = None
+) -> Echo:
     """Say these lines, then end the input."""
-    said, echo = iter(lines), Echo()
+    said, echo = iter(lines), echo or Echo()
 
     def answer(_: str = "") -> str:
         line = next(said, EOFError)
@@ -261,6 +265,85 @@ def test_bad_image_is_told_and_the_conversation_goes_on_without_it(monkeypatch: 
     assert [len(sample.messages) for sample in heard] == [1, 3]
     assert heard[1].images == []
     assert "error: cannot read image missing.png" in capsys.readouterr().out
+
+
+def test_system_words_stand_in_front_until_they_are_taken_back(monkeypatch: Any) -> None:
+    heard = talk(monkeypatch, "/system be brief", "one", "/clear", "two", "/system", "three").heard
+    assert [[m.role for m in sample.messages][:2] for sample in heard] == [
+        ["system", "user"],
+        ["system", "user"],
+        ["user", "assistant"],
+    ]
+    assert heard[0].messages[0].text == "be brief"
+
+
+def test_regen_asks_the_last_question_again(monkeypatch: Any, capsys: Any) -> None:
+    heard = talk(monkeypatch, "/regen", "/image a.png", "one", "two", "/regen", "three").heard
+    assert heard[2] == heard[1]
+    assert [len(sample.messages) for sample in heard] == [1, 3, 3, 5]
+    assert all(sample.images == ["a.png"] for sample in heard)
+    assert "error: /regen before any question" in capsys.readouterr().out
+
+
+def test_saved_conversation_is_one_that_training_reads(tmp_path: Path, monkeypatch: Any) -> None:
+    file, image = tmp_path / "with a blank.json", show(tmp_path)
+    echo = talk(monkeypatch, "/system be brief", f"/image {image}", "what?", "and why?", f"/save '{file}'")
+    (read,) = MessagesSource(path=file).read()
+    assert read.images == [image]
+    assert read.messages[:4] == echo.heard[1].messages
+    assert read.messages[4] == Message("assistant", ["heard 4"])
+
+
+def test_save_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    talk(monkeypatch, "one", f"/save {tmp_path}/nowhere/out.json", "/save", "/image")
+    out = capsys.readouterr().out
+    assert "nowhere/out.json" in out
+    assert out.count("error: ") == 3
+
+
+def test_unknown_command_is_not_asked(monkeypatch: Any, capsys: Any) -> None:
+    assert len(talk(monkeypatch, "/imgae a.png", "/help", "/usr/bin is what?").heard) == 1
+    out = capsys.readouterr().out
+    assert "error: no command /imgae" in out
+    assert "write the conversation as JSON" in out
+
+
+def test_ctrl_c_ends_the_answer_and_not_the_conversation(monkeypatch: Any, capsys: Any) -> None:
+    class Interrupted(Echo):
+        def stream(self, sample: Sample, max_new_tokens: int) -> Iterator[str]:
+            for piece in super().stream(sample, max_new_tokens):
+                yield piece
+                if len(self.heard) == 1:
+                    raise KeyboardInterrupt
+
+    heard = talk(monkeypatch, "one", "two", echo=Interrupted()).heard
+    assert [m.text for m in heard[1].messages] == ["one", "heard", "two"]
+
+
+def test_ctrl_c_while_the_model_computes_ends_the_answer_alone(
+    mllm, stage: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Wherever it strikes: here in the encoder, before the first token."""
+    said, strikes = iter([f"/image {show(tmp_path)}", "what is it?", "and now?", "/exit"]), [1]
+    forward = VisionEncoder.forward
+
+    def interrupted(*arguments: Any) -> Any:
+        if strikes:
+            strikes.pop()
+            raise KeyboardInterrupt
+        return forward(*arguments)
+
+    monkeypatch.setattr("builtins.input", lambda _="": next(said))
+    monkeypatch.setattr(VisionEncoder, "forward", interrupted)
+    assert mllm("chat", "--model", stage, "--max-new-tokens", "3")[0] == 0
+    assert next(said, None) is None
+
+
+@pytest.mark.parametrize("flag", ["--compile", "--no-compile"])
+@pytest.mark.parametrize("ask", ["-p", "--prompt"])
+def test_compiling_changes_no_answer(mllm, stage: Path, flag: str, ask: str) -> None:
+    code, text = mllm("chat", "--model", stage, ask, "hi", "--max-new-tokens", "6", flag)
+    assert (code, text.strip()) == (0, Assistant.load(stage).answer([cli.question([], "hi", [])], 6)[0])
 
 
 def test_conversation_with_a_real_model(mllm, stage: Path, tmp_path: Path, monkeypatch: Any) -> None:
