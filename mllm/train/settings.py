@@ -57,6 +57,9 @@ class TrainConfig(Schema):
     gradient_checkpointing: Checkpointing = False
     """Recompute layers in the backward pass: less memory, up to a third slower. `true`: those of the LLM; or a list of
     `llm`, `connector`, `vision_encoder`."""
+    fp8: bool = False
+    """Multiply the LLM's frozen weights as 8-bit floats, which a Hopper GPU does nearly twice as fast: the gradient
+    keeps its direction (cosine over 0.99), the weights stay as they are. For a frozen LLM, or the base of `lora`."""
     feature_cache: NotNegative = 0
     """Gigabytes of memory for features of the frozen encoder, which then sees each image once; 0 keeps none."""
     eval_every: Positive | None = None

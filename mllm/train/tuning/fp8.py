@@ -1,0 +1,158 @@
+"""Frozen linear layers of the LLM multiply in 8-bit floats (e4m3; Micikevicius et al. 2022, arXiv 2209.05433).
+
+Enters: a model in which it is chosen what trains, on its device. Leaves: the same model; where a gradient passes
+through a frozen `Linear` of its LLM, the product and the gradient of its input are computed from 8-bit copies of the
+weight, made once, and of the rows that meet it, each with its own scale. There is no third product, since a frozen
+weight has no gradient. Weights, and whatever is asked without a gradient (held-out losses, a chat), stay as they are.
+
+A Hopper GPU multiplies e4m3 nearly twice as fast as bfloat16. On a CPU the same numbers are multiplied in float32.
+
+M rows, K width of the input, N of the output.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from mllm.models.multimodal import MultimodalLM
+from mllm.models.quantised import is_quantised
+from mllm.train import engine
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from mllm.train.settings import TrainConfig
+
+LARGEST = 448.0
+"""Of e4m3."""
+FIRST = (8, 9)
+"""Compute capability of the first GPUs that multiply such numbers."""
+MULTIPLE = 16
+"""What cuBLAS asks of both sides of a matrix."""
+
+
+def switch_on(accelerator: Accelerator, model: MultimodalLM, train: TrainConfig) -> None:
+    """Where `train.fp8` asks for it.
+
+    Raises:
+        ValueError: the device cannot, the LLM trains, or is held in another way.
+    """
+    if not train.fp8:
+        return
+    check(accelerator, model, train)
+    model.to(accelerator.device)
+    convert(model)
+
+
+def check(accelerator: Accelerator, model: MultimodalLM, train: TrainConfig) -> None:
+    """Stop where it would not do what it says."""
+    refuse_device(accelerator.device)
+    if train.learning_rate.llm and not train.lora:
+        raise ValueError(
+            "train.fp8 multiplies frozen weights, and train.learning_rate.llm trains the LLM: leave one of them out, "
+            "or add train.lora, whose base is frozen"
+        )
+    if is_quantised(model.llm):
+        raise ValueError("train.fp8 beside model.quantisation: weights are held in one way, leave one of them out")
+    if engine.shards_weights(accelerator):
+        raise ValueError(
+            "train.fp8 where weights are sharded (ZeRO stage 3, FSDP2): it keeps copies of whole weights; use ZeRO "
+            "stage 2 or plain DDP"
+        )
+    if train.mixed_precision == "no" and model.llm.dtype == torch.float32:
+        raise ValueError("train.fp8 where all is computed in float32: set train.mixed_precision to bf16")
+
+
+def refuse_device(device: torch.device) -> None:
+    """Stop on a device without such numbers.
+
+    Raises:
+        ValueError: says which there is, and which it takes.
+    """
+    if device.type != "cuda":
+        raise ValueError(
+            f"train.fp8 needs a GPU that multiplies 8-bit floats (H100, L40, RTX 40): this is a {device.type}"
+        )
+    if (found := torch.cuda.get_device_capability(device)) < FIRST:
+        name = torch.cuda.get_device_name(device)
+        raise ValueError(
+            f"train.fp8 needs a GPU of compute capability {FIRST[0]}.{FIRST[1]} or more (H100, L40, RTX 40): {name} "
+            f"has {found[0]}.{found[1]}; leave it out"
+        )
+
+
+def convert(model: MultimodalLM) -> int:
+    """Every frozen `Linear` of the LLM but its head, in place; their number. Below an adapter too."""
+    if next(model.llm.parameters()).is_cuda:
+        import mllm.train.kernels.rows_to_fp8  # noqa: F401  # makes torch.ops.mllm.rows_to_fp8
+
+    head = model.llm.get_output_embeddings()
+    chosen = [module for module in model.llm.modules() if type(module) is nn.Linear and module is not head]
+    chosen = [module for module in chosen if not module.weight.requires_grad and fits(module.weight)]
+    for module in chosen:
+        module.__class__ = FrozenFp8Linear
+        weight = module.weight.detach()
+        # not as buffers, which wrappers would send around and state dicts would hold
+        module.forwards, module.backwards = quantise(weight), quantise(weight.t().contiguous())  # type: ignore[assignment]
+    return len(chosen)
+
+
+def fits(weight: Tensor) -> bool:
+    return all(size % MULTIPLE == 0 for size in weight.shape)
+
+
+class FrozenFp8Linear(nn.Linear):
+    """A `Linear` with its weight [N, K], and both 8-bit forms of it."""
+
+    forwards: tuple[Tensor, Tensor]
+    """[N, K] e4m3, [N, 1]: a scale for each output."""
+    backwards: tuple[Tensor, Tensor]
+    """[K, N] e4m3, [K, 1]: the transpose, a scale for each input."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        """[..., K] -> [..., N]."""
+        if not (torch.is_grad_enabled() and states.requires_grad):
+            return linear(states, self.weight, self.bias)
+        kind = states.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
+        out = FrozenProduct.apply(states.to(dtype), *self.forwards, *self.backwards)
+        return out if self.bias is None else out + self.bias.to(dtype)
+
+
+class FrozenProduct(torch.autograd.Function):
+    """A product with a frozen matrix: one gradient, and nothing of the input is kept for it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, states: Tensor, weight: Tensor, scale: Tensor, transposed: Tensor, scale_of_transposed: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(transposed, scale_of_transposed)
+        return product(states, weight, scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return product(gradients[0], *ctx.saved_tensors), None, None, None, None
+
+
+def product(states: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """[..., K] with e4m3 [N, K] and its scales [N, 1] -> [..., N], in the type of the states."""
+    rows, row_scale = quantise(states.reshape(-1, states.shape[-1]))  # [M, K], [M, 1]
+    if states.is_cuda:
+        out = torch._scaled_mm(
+            rows, weight.t(), row_scale, scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True
+        ).to(states.dtype)
+    else:
+        out = ((rows.float() @ weight.float().t()) * row_scale * scale.t()).to(states.dtype)
+    return out.view(*states.shape[:-1], len(weight))  # [..., N]
+
+
+def quantise(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """[M, K] -> [M, K] e4m3 and the scale of each row [M, 1] float32, their product the matrix but for rounding."""
+    if matrix.is_cuda:
+        return torch.ops.mllm.rows_to_fp8(matrix.contiguous())  # type: ignore[no-any-return]
+    scale = (matrix.abs().amax(-1, keepdim=True).float() / LARGEST).clamp(min=1e-12)
+    return (matrix.float() / scale).to(torch.float8_e4m3fn), scale

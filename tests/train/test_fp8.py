@@ -1,0 +1,177 @@
+"""Frozen weights as 8-bit floats: the arithmetic, on a CPU with the same numbers, and who is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from conftest import make_model, make_processor, make_sample, write_llava
+from mllm.data.collate import collate
+from mllm.data.packing import join
+from mllm.models.multimodal import MultimodalLM
+from mllm.train.losses import NextToken, model_inputs
+from mllm.train.trainable import LearningRates, Lora, choose_trainable
+from mllm.train.tuning import fp8
+from mllm.train.tuning.fp8 import FrozenFp8Linear, convert, product, quantise
+from runs import metrics, run, settings
+
+
+def aligned(lora: Lora | None = None, family: str = "llama") -> MultimodalLM:
+    rates = LearningRates(connector=1e-2, llm=1e-2 if lora else None)
+    model = make_model(family)
+    choose_trainable(model, rates, lora)
+    return model
+
+
+def test_every_row_keeps_four_significant_bits_whatever_its_size() -> None:
+    draw = torch.Generator().manual_seed(0)
+    matrix = torch.randn(40, 64, generator=draw) * torch.logspace(-8, 4, 40)[:, None]
+    eight, scale = quantise(matrix)
+    assert eight.dtype == torch.float8_e4m3fn
+    back, largest = eight.float() * scale, matrix.abs().amax(1, keepdim=True)
+    assert ((back - matrix).abs() <= matrix.abs() / 16 + largest / 2**17).all()
+    assert torch.allclose(back.abs().amax(1, keepdim=True), largest)
+
+
+def test_a_row_of_zeros_stays_one() -> None:
+    eight, scale = quantise(torch.zeros(2, 16))
+    assert not eight.float().any()
+    assert (scale > 0).all()
+
+
+def test_product_and_gradient_are_those_of_the_full_weights_but_for_three_bits() -> None:
+    torch.manual_seed(0)
+    plain = nn.Linear(64, 48).requires_grad_(False)
+    eight = nn.Linear(64, 48).requires_grad_(False)
+    eight.load_state_dict(plain.state_dict())
+    model = SimpleNamespace(llm=Wrapped(eight))
+    assert convert(model) == 1  # type: ignore[arg-type]
+    one, two = (torch.randn(3, 50, 64, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2))
+    torch.testing.assert_close(plain(one), eight(two), rtol=0.1, atol=0.1)
+    gradient = torch.randn(3, 50, 48)
+    plain(one).backward(gradient)
+    eight(two).backward(gradient)
+    assert cosine(one.grad, two.grad) > 0.999
+
+
+class Wrapped(nn.Module):
+    """The least that `convert` takes for an LLM."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def get_output_embeddings(self) -> None:
+        return None
+
+
+def cosine(one: Any, other: Any) -> float:
+    return float(nn.functional.cosine_similarity(one.flatten().double(), other.flatten().double(), dim=0))
+
+
+def test_product_is_the_one_of_the_dequantised_matrices() -> None:
+    torch.manual_seed(0)
+    weight, states = torch.randn(32, 16), torch.randn(2, 5, 16)
+    eight, scale = quantise(weight)
+    rows, row_scale = quantise(states.view(-1, 16))
+    expected = (rows.float() * row_scale) @ (eight.float() * scale).t()
+    torch.testing.assert_close(product(states, eight, scale), expected.view(2, 5, 32), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("lora", [None, Lora(rank=4)], ids=["frozen", "lora"])
+def test_frozen_layers_of_the_llm_are_converted_and_nothing_else(lora: Lora | None) -> None:
+    model = aligned(lora)
+    weights = {name: p.clone() for name, p in model.named_parameters()}
+    assert convert(model) == 2 * 7
+    kinds = {type(m) for m in model.vision_encoder.modules()} | {type(m) for m in model.connector.modules()}
+    assert FrozenFp8Linear not in kinds
+    assert type(model.llm.get_output_embeddings()) is nn.Linear
+    assert all(not m.weight.requires_grad for m in model.modules() if isinstance(m, FrozenFp8Linear))
+    assert weights.keys() == dict(model.named_parameters()).keys() == weights.keys()
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+    assert {name for name, _ in model.named_buffers()} == {name for name, _ in aligned(lora).named_buffers()}
+
+
+def test_what_is_asked_without_a_gradient_comes_from_the_weights_as_they_are() -> None:
+    model, plain = aligned(), aligned()
+    convert(model)
+    ids = torch.arange(8, 20)[None]
+    pixels = torch.zeros(1, 3, 28, 28)
+    with torch.no_grad():
+        assert torch.equal(*(one(ids, torch.arange(12)[None], pixels, 0) for one in (model, plain)))
+
+
+@pytest.mark.parametrize("kind", ["align", "lora"])
+def test_gradient_keeps_its_direction_and_losses_stay_within_half_a_percent(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fp8, "check", lambda *_: None)  # a CPU computes with the same numbers, and is refused else
+    lora = Lora(rank=4) if kind == "lora" else None
+    rates = LearningRates(connector=1e-2, llm=1e-2 if lora else None)
+    data, losses, norms = write_llava(tmp_path), {}, {}
+    for name in ("plain", "fp8"):
+        train = settings(tmp_path / name, learning_rate=rates, lora=lora, steps=10, fp8=name == "fp8")
+        torch.manual_seed(5)
+        run(data, train, aligned(lora))
+        losses[name], norms[name] = (
+            [line[0] for line in metrics(train.output_dir, key)] for key in ("loss", "grad_norm")
+        )
+    assert losses["fp8"] != losses["plain"]
+    assert losses["plain"][-1] < losses["plain"][0] - 0.02  # something was learned
+    assert losses["fp8"] == pytest.approx(losses["plain"], rel=5e-3)
+    assert norms["fp8"] == pytest.approx(norms["plain"], rel=5e-2)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+def test_gradient_of_the_connector_has_the_direction_of_the_full_one(family: str) -> None:
+    found = []
+    for eight in (False, True):
+        model = aligned(family=family)
+        if eight:
+            assert convert(model)
+        gradients = gradient_of(model)
+        found.append(torch.cat([gradient.flatten() for gradient in gradients]))
+    assert cosine(*found) > 0.99
+    assert not torch.equal(*found)
+
+
+def gradient_of(model: MultimodalLM) -> list[torch.Tensor]:
+    processor = make_processor()
+    examples = [processor(make_sample(i, num_images=1 + i % 2)) for i in range(4)]
+    batch = collate([join(examples, processor.pixel_shape)], processor.pixel_shape)
+    NextToken(model)(**model_inputs(batch, torch.device("cpu"))).backward()
+    return [p.grad for p in model.connector.parameters() if p.grad is not None]
+
+
+CUDA = torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"learning_rate": LearningRates(llm=1e-3)}, "trains the LLM"),
+        ({"mixed_precision": "no"}, "set train.mixed_precision to bf16"),
+    ],
+)
+def test_what_it_cannot_do_is_refused(changes: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fp8, "refuse_device", lambda device: None)
+    train = settings(Path("x"), **{"mixed_precision": "bf16", "fp8": True, **changes})
+    with pytest.raises(ValueError, match=said):
+        fp8.check(Accelerator(cpu=True), aligned(), train)
+
+
+def test_a_device_without_such_numbers_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="and this is a cpu"):
+        run(write_llava(tmp_path), settings(tmp_path / "out", fp8=True, mixed_precision="bf16"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
+    with pytest.raises(ValueError, match=r"A100 has 8\.0"):
+        fp8.refuse_device(CUDA)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    fp8.refuse_device(CUDA)
