@@ -75,7 +75,8 @@ def refuse_device(device: torch.device) -> None:
     """
     if device.type != "cuda":
         raise ValueError(
-            f"train.fp8 needs a GPU that multiplies 8-bit floats (H100, L40, RTX 40): this is a {device.type}"
+            f"train.fp8 needs a GPU that multiplies 8-bit floats (H100, L40, RTX 40), and this is a {device.type}: "
+            f"leave it out"
         )
     if (found := torch.cuda.get_device_capability(device)) < FIRST:
         name = torch.cuda.get_device_name(device)
