@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 
 from conftest import LLM_CONFIGS, make_model
-from mllm.decoding.compiled import compiled_layers, compiler
+from mllm.decoding import recorded
+from mllm.decoding.compiled import attention_for_one, compiled_layers, compiler
 from mllm.decoding.fixed import FixedForward
 from mllm.decoding.greedy import Greedy
 from mllm.decoding.prompt import Prompt
@@ -26,9 +28,9 @@ def prompt(tokens: list[int]) -> Prompt:
     return Prompt(tokens, list(tokens), [])
 
 
-def steps(greedy: Greedy, token: int, number: int) -> list[int]:
+def steps(greedy: Greedy, token: int, number: int, attention: str = "") -> list[int]:
     """Tokens behind this one, by the fixed forward."""
-    forward = FixedForward(greedy.model.llm, greedy.cache, 1)
+    forward = FixedForward(greedy.model.llm, greedy.cache, 1, attention)
     forward.token.fill_(token)
     forward.positions.fill_(len(greedy.marks))
     found = []
@@ -75,7 +77,7 @@ def test_compiled_layers_find_the_same_tokens(family: str) -> None:
     first = greedy.prefill(prompt(ASKED))
     torch._dynamo.reset()
     with compiled_layers(greedy.model.llm, greedy.cache, compiler("aot_eager")):
-        assert [first, *steps(greedy, first, 7)] == expected
+        assert [first, *steps(greedy, first, 7, attention_for_one(greedy.model.llm))] == expected
     assert greedy.model.llm.config._attn_implementation == before
     greedy.marks = []
     assert list(greedy.answer(prompt(ASKED), 8)) == expected
@@ -94,5 +96,56 @@ def test_layers_are_compiled_once_for_all() -> None:
         return graph.forward
 
     with compiled_layers(greedy.model.llm, greedy.cache, compiler(backend)):
-        steps(greedy, first, 3)
+        steps(greedy, first, 3, attention_for_one(greedy.model.llm))
     assert len(graphs) == 1
+
+
+class Played:
+    """In the place of a CUDA graph: what it would replay, run."""
+
+    def __init__(self, forward: FixedForward, around: Any) -> None:
+        self.forward, self.around = forward, around
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        with self.around:
+            self.forward()
+
+
+@pytest.fixture
+def played(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA device's bookkeeping on this machine."""
+    monkeypatch.setattr(recorded, "Recording", Played)
+    monkeypatch.setattr(torch.cuda, "Event", MagicMock)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2_sliding", "gemma2"])
+def test_conversation_from_recordings_is_that_of_the_ordinary_way(played: None, family: str) -> None:
+    """Long first prompts, later ones of one chunk and of several, buffers that grow, answers left in the middle."""
+    ordinary, drawn = greedy_of(family, max_position_embeddings=2048), torch.Generator().manual_seed(0)
+    quick = recorded.RecordedGreedy(ordinary.model, [], ordinary.device, compiled=False)
+    said: list[int] = []
+    for new, most in ((150, 8), (20, 30), (100, 3), (1, 5), (400, 4), (60, 9)):
+        said = [*said, *torch.randint(7, 300, (new,), generator=drawn).tolist()]
+        found = list(quick.answer(prompt(said), most))
+        assert found == list(ordinary.answer(prompt(said), most))
+        assert quick.prefilled == ordinary.prefilled
+        assert quick.marks == ordinary.marks
+        next(iter(quick.answer(prompt([*said, *found, 9]), most)))  # a reader who goes away
+        said += found[: most // 2]
+    assert quick.refused == ""
+    assert sorted(quick.recordings) == [1, recorded.CHUNK]
+
+
+def test_llm_that_cannot_be_recorded_says_so_once_and_answers(played: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore words")
+
+    monkeypatch.setattr(recorded, "Recording", broken)
+    ordinary = greedy_of("llama")
+    quick = recorded.RecordedGreedy(ordinary.model, [], ordinary.device, compiled=False)
+    with pytest.warns(UserWarning, match="operation not permitted") as told:
+        found = list(quick.answer(prompt(ASKED), 8))
+    assert len(told) == 1
+    assert found == list(ordinary.answer(prompt(ASKED), 8))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mllm.decoding.cache import KeptCache, KeptLayer
-from mllm.decoding.fixed import one_token
+from mllm.decoding.fixed import masked_attention, one_token
 from mllm.models.vision_encoder import layer_list
 
 ATTENTION = "mllm_one_token"
@@ -47,26 +47,27 @@ def compiler(backend: str = "inductor", **options: Any) -> Any:
     return torch.compile(call, backend=backend, options=options or None)
 
 
-@contextmanager
-def compiled_layers(llm: Any, cache: KeptCache, run: Any) -> Iterator[None]:
-    """Inside, the decoder's layers go through `run` (see `compiler`), one query at a time."""
+def attention_for_one(llm: Any) -> str:
+    """The name of the attention function that is compiled best."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION, one_token)
+    return ATTENTION if masked_attention(llm) == "sdpa" else "eager"
+
+
+@contextmanager
+def compiled_layers(llm: Any, cache: KeptCache, run: Any) -> Iterator[None]:
+    """Inside, the decoder's layers go through `run` (see `compiler`), one query at a time."""
     layers = layer_list(llm.get_decoder())
     parts: list[Any] = [module for layer in layers for module in layer.modules()]
     numbered = [(module, module.layer_idx) for module in parts if hasattr(module, "layer_idx")]
-    before = llm.config._attn_implementation
     try:
-        if before != "eager":
-            llm.config._attn_implementation = ATTENTION
         for module, _ in numbered:
             module.layer_idx = 0
         for layer, kept in zip(layers, cache.layers, strict=True):
             layer.forward = partial(through, run, layer, kept)
         yield
     finally:
-        llm.config._attn_implementation = before
         for module, number in numbered:
             module.layer_idx = number
         for layer in layers:

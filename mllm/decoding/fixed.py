@@ -8,6 +8,8 @@ T tokens, C capacity of the cache, H heads of queries, K of keys, G = H / K, D w
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,8 +21,10 @@ from mllm.decoding.cache import KeptCache
 class FixedForward:
     """The tensors that it reads and writes stay where they are."""
 
-    def __init__(self, llm: Any, cache: KeptCache, width: int) -> None:
+    def __init__(self, llm: Any, cache: KeptCache, width: int, attention: str = "") -> None:
+        """`attention` is the name of a function for transformers; not given: its own that reads a mask."""
         self.llm, self.cache, self.width = llm, cache, width
+        self.attention = attention or masked_attention(llm)
         table = llm.get_input_embeddings().weight
         self.positions = torch.zeros(width, dtype=torch.long, device=table.device)
         self.last = torch.zeros(1, dtype=torch.long, device=table.device)
@@ -31,41 +35,59 @@ class FixedForward:
 
     def __call__(self) -> None:
         """Compute; the successor goes to `token`. One of width 1 is then ready for the next."""
-        self.cache.write_at(self.positions)
         new = {"input_ids": self.token} if self.width == 1 else {"inputs_embeds": self.embeddings}
-        masks = masks_of(self.llm.config, self.positions, self.cache.capacity, self.llm.dtype)
-        found = self.llm(
-            **new,
-            position_ids=self.positions[None],
-            attention_mask=masks,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=self.last,
-        )
+        dtype = self.llm.dtype if self.attention == "eager" else None
+        with self.fixed():
+            found = self.llm(
+                **new,
+                position_ids=self.positions[None],
+                attention_mask=masks_of(self.llm.config, self.positions, self.cache.capacity, dtype),
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=self.last,
+            )
         self.token.copy_(found.logits[0].argmax(-1, keepdim=True))
         if self.width == 1:
             self.positions.add_(1)
-        self.cache.write_at(None)
+
+    @contextmanager
+    def fixed(self) -> Iterator[None]:
+        """The cache writes at the positions, and the LLM attends by masks alone."""
+        config = self.llm.config
+        before = config._attn_implementation
+        try:
+            config._attn_implementation = self.attention
+            self.cache.write_at(self.positions)
+            yield
+        finally:
+            config._attn_implementation = before
+            self.cache.write_at(None)
 
 
-def masks_of(config: Any, positions: Tensor, size: int, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+def masked_attention(llm: Any) -> str:
+    """Kernels for packed rows know their samples otherwise; an LLM that caps its scores has eager attention alone."""
+    eager = llm.config._attn_implementation == "eager" or not getattr(llm, "_supports_sdpa", True)
+    return "eager" if eager else "sdpa"
+
+
+def masks_of(config: Any, positions: Tensor, size: int, dtype: torch.dtype | None) -> Tensor | dict[str, Tensor]:
     """What each kind of layer may see: one mask, or one by kind where the LLM has both."""
     kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
     if window is None or (kinds and "sliding_attention" not in kinds):
-        return mask(positions, size, None, config, dtype)
+        return mask(positions, size, None, dtype)
     if not kinds or "full_attention" not in kinds:
-        return mask(positions, size, window, config, dtype)
+        return mask(positions, size, window, dtype)
     windows = {"full_attention": None, "sliding_attention": window}
-    return {kind: mask(positions, size, seen, config, dtype) for kind, seen in windows.items()}
+    return {kind: mask(positions, size, seen, dtype) for kind, seen in windows.items()}
 
 
-def mask(positions: Tensor, size: int, window: int | None, config: Any, dtype: torch.dtype) -> Tensor:
-    """[1, 1, T, C]: where a query may look; as numbers to add for transformers' eager attention."""
+def mask(positions: Tensor, size: int, window: int | None, dtype: torch.dtype | None) -> Tensor:
+    """[1, 1, T, C]: where a query may look; with a dtype as numbers to add, for transformers' eager attention."""
     places = torch.arange(size, device=positions.device)
     seen = places <= positions[:, None]
     if window is not None:
         seen = seen & (places > positions[:, None] - window)
-    if config._attn_implementation != "eager":
+    if dtype is None:
         return seen[None, None]
     return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)[None, None]
 

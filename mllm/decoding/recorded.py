@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mllm.decoding.compiled import compiled_layers, compiler
+from mllm.decoding.compiled import attention_for_one, compiled_layers, compiler
 from mllm.decoding.fixed import FixedForward
 from mllm.decoding.greedy import Greedy
 from mllm.decoding.prompt import Prompt
@@ -60,7 +60,7 @@ class RecordedGreedy(Greedy):
         """Why there can be no recordings."""
         self.ahead = False
         """The kernels of the next token were started before anyone asked for it."""
-        self.told = torch.zeros(1, 1, dtype=torch.long, pin_memory=True)
+        self.told = torch.zeros(1, 1, dtype=torch.long, pin_memory=torch.cuda.is_available())
         self.copied = torch.cuda.Event()
 
     def answer(self, prompt: Prompt, max_new_tokens: int) -> Iterator[int]:
@@ -120,7 +120,8 @@ class RecordedGreedy(Greedy):
         return self.recordings.get(width)
 
     def record(self, width: int) -> Recording:
-        forward = FixedForward(self.model.llm, self.cache, width)
-        use_compiled = self.compiled and width == 1
-        around = compiled_layers(self.model.llm, self.cache, self.compiled) if use_compiled else nullcontext()
-        return Recording(forward, around)
+        llm, cache = self.model.llm, self.cache
+        if width > 1 or not self.compiled:
+            return Recording(FixedForward(llm, cache, width), nullcontext())
+        forward = FixedForward(llm, cache, 1, attention_for_one(llm))
+        return Recording(forward, compiled_layers(llm, cache, self.compiled))
