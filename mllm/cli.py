@@ -204,6 +204,8 @@ def info(
     of_tiles = f"{fewest} to {most} visual tokens, in tiles of {found.visual_tokens_per_image}"
     tokens = f"{most} visual tokens" if fewest == most else of_tiles
     print(f"{'image':<16}{tokens}\n{'exports as':<16}{found.exports_as}")
+    if found.instead:
+        print(f"{'':<16}{found.instead}")
     for loader in found.loaders:
         print(f"{loader.loader:<16}{'yes' if loader.loads else 'no'}, {loader.why} [{loader.version}]")
 

@@ -21,12 +21,12 @@ from mllm.data.loader import DataConfig
 from mllm.export.gguf import llm, vision
 from mllm.export.homes import AYA_VISION, COHERE2_VISION, LLAVA, Home, find_home
 from mllm.export.llava import activation
-from mllm.export.trained import prompt_obstacle
 from mllm.generate import find_folder
 from mllm.models.build import build_model, visual_tokens_per_image
 from mllm.models.fused_encoder import FusedEncoder
 from mllm.models.multimodal import MultimodalLM
 from mllm.models.vision_encoder import VisionEncoder
+from mllm.prospect import NOTHING, prospect, without_adapters
 from mllm.train.trainable import choose_trainable, parts
 
 VERSIONS = {"vLLM": "0.33.0", "SGLang": "0.5.23", "llama.cpp": "0c1e570 (2026-10-01)"}
@@ -59,6 +59,8 @@ class Info:
     """The transformers class, `remote code` where no stock class holds the model, `nothing` where the way its pictures
     or prompts are prepared has no home."""
     loaders: list[Loader]
+    instead: str = ""
+    """Settings that would make it a stock class, where it is none."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -85,10 +87,10 @@ def info(name: str) -> Info:
     ]
     tokens = visual_tokens_per_image(config.parts())
     fewest, most = tile_range(config.data)
-    answers, exports_as = loaders(model, home), home.architecture or "remote code"
-    if why := prompt_obstacle(config.data):
-        answers, exports_as = [replace(answer, loads=False, why=why) for answer in answers], "nothing"
-    return Info(name, described, tokens, (fewest * tokens, most * tokens), exports_as, answers)
+    answers, found = loaders(model, home), prospect(config, model)
+    if found.exports_as == NOTHING:
+        answers = [replace(answer, loads=False, why=found.why) for answer in answers]
+    return Info(name, described, tokens, (fewest * tokens, most * tokens), found.exports_as, answers, found.instead)
 
 
 def tile_range(data: DataConfig) -> tuple[int, int]:
@@ -123,12 +125,6 @@ def loaders(model: MultimodalLM, home: Home) -> list[Loader]:
         Loader("SGLang", VERSIONS["SGLang"], *in_sglang(merged, home)),
         Loader("llama.cpp", VERSIONS["llama.cpp"], *in_llama_cpp(merged)),
     ]
-
-
-def without_adapters(model: MultimodalLM) -> MultimodalLM:
-    """Export merges them; here they only stand in the way."""
-    llm = model.llm.get_base_model() if hasattr(model.llm, "peft_config") else model.llm
-    return MultimodalLM(model.vision_encoder, model.connector, llm, model.image_token_id)
 
 
 def in_transformers(home: Home) -> str:

@@ -5,6 +5,7 @@
 Enters: a YAML whose `init_from` names a finished stage, and flags. Leaves: a stage folder that chats.
 """
 
+from mllm import prospect
 from mllm.config import parse
 from mllm.stage import (
     build,
@@ -30,6 +31,7 @@ def main() -> None:
     model = build(accelerator, config, processor)
     inherit(accelerator, config, model)
     choose_trainable(model, config.train.learning_rate, config.train.lora, config.train.vision_lora)
+    prospect.tell(accelerator, config, model)
 
     index = read_data(accelerator, config, processor)
     plan = plan_run(config, index)

@@ -307,7 +307,9 @@ def test_dry_run_writes_nothing(hub: Path, tmp_path: Path, capsys: Any) -> None:
     config = write_config(tmp_path, hub, write_llava(tmp_path), "align")
     before = sorted(tmp_path.rglob("*"))
     assert in_process("pretrain", "--config", config, "--dry_run") == 0
-    assert "what trains" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "what trains" in told
+    assert told.count("exports as LlavaForConditionalGeneration: its connector is Llava's\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
 
 
