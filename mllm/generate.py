@@ -60,7 +60,7 @@ class Assistant:
         folder = find_folder(str(model))
         config = load_config(stage_config(folder)).parts()
         processor = Processor.load(folder / "processor")
-        built = build_model(config, processor.image_token_id)
+        built = build_model(config, processor.image_token_id, any_resolution=processor.any_resolution)
         load_stage(built, folder)
         return cls(built.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), processor, decoding)
 
@@ -140,7 +140,9 @@ class Assistant:
         instructions = stack_instructions([words for prompt in prompts for words in prompt.instructions])
         if instructions is not None:
             instructions = instructions.to(self.device)
-        embeddings = self.model.embed(ids, self.model.visual_tokens(pixels, instructions), num_images)  # [B, S, D]
+        sizes = [size for prompt in prompts for size in prompt.image_sizes]
+        visual = self.model.visual_tokens(pixels, instructions, sizes)
+        embeddings = self.model.embed(ids, visual, num_images)  # [B, S, D]
         return {"inputs_embeds": embeddings, "attention_mask": mask.to(self.device)}
 
     def options(self, max_new_tokens: int) -> dict[str, Any]:

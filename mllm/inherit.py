@@ -16,6 +16,7 @@ from mllm.models.build import ModelConfig
 from mllm.models.multimodal import MultimodalLM
 from mllm.train.stage_folder import TAKEN, holds, load_stage
 
+NEWLINE = "image_newline"
 OF_ANY_RUN = ("dtype", "attention", "random_weights")
 """Fields of the model section that change how a model is computed and not what its weights mean."""
 
@@ -30,6 +31,7 @@ def take_over(config: RunConfig, model: MultimodalLM) -> str:
     assert config.init_from
     before, now = load_config(stage_config(config.init_from)).parts(), config.parts()
     parts = check_parts(config, before, now)
+    fresh = fresh_parts(config, model, parts)
     try:
         load_stage(model, config.init_from, parts)
     except ValueError as error:
@@ -37,7 +39,9 @@ def take_over(config: RunConfig, model: MultimodalLM) -> str:
             raise
         raise ValueError(f"{error}\n  {advice(config, before, now)}") from error
     told = [f"{name}: {old} there, {new} here" for name, old, new in differences(before, now)]
-    fresh = [name for name in TAKEN if name not in parts and (name == "connector" or holds(config.init_from, name))]
+    if model.image_newline is None and NEWLINE in parts:
+        parts.remove(NEWLINE)
+        told.append(f"{NEWLINE}: left behind, without data.tiles anyres nobody reads it")
     return "\n  ".join(
         [
             f"starting from {config.init_from} with its {', '.join(parts)}",
@@ -45,6 +49,25 @@ def take_over(config: RunConfig, model: MultimodalLM) -> str:
             *told,
         ]
     )
+
+
+def fresh_parts(config: RunConfig, model: MultimodalLM, parts: list[str]) -> list[str]:
+    """What starts anew: the connector or what the stage trained, if it is left out of `init_parts`; a newline that the
+    stage did not have.
+
+    Raises:
+        ValueError: such a newline would stay as it was drawn.
+    """
+    assert config.init_from
+    has = [name for name in TAKEN if name == "connector" or holds(config.init_from, name)]
+    if model.image_newline is not None and NEWLINE not in parts:
+        if not config.train.learning_rate.image_newline:
+            raise ValueError(
+                f"{config.init_from} has no {NEWLINE} to take over for data.tiles anyres, and a new one would stay as "
+                f"it was drawn: give train.learning_rate.connector a rate, which is the newline's too"
+            )
+        has.append(NEWLINE)
+    return [name for name in TAKEN if name in has and name not in parts]
 
 
 def check_parts(config: RunConfig, before: ModelConfig, now: ModelConfig) -> list[str]:

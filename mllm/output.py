@@ -21,6 +21,7 @@ from mllm.train.watching import trackers
 WRITTEN = (
     FINISHED,
     "config.yaml",
+    "image_newline.safetensors",
     "llm.safetensors",
     "vision_encoder.safetensors",
     "adapter",

@@ -105,7 +105,8 @@ def compare(folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
 def read_back(folder: Path, dtypes: dict[str, torch.dtype]) -> tuple[MultimodalLM, Processor]:
     """As `Assistant.load` does it, each weight in the dtype that it had in memory."""
     processor = Processor.load(folder / "processor")
-    model = build_model(load_config(stage_config(folder)).parts(), processor.image_token_id)
+    parts = load_config(stage_config(folder)).parts()
+    model = build_model(parts, processor.image_token_id, any_resolution=processor.any_resolution)
     for name, parameter in model.named_parameters():
         if name in dtypes:
             parameter.data = parameter.data.to(dtypes[name])
@@ -151,7 +152,8 @@ def probe(model: MultimodalLM, processor: Processor, device: torch.device) -> Te
     words = stack_instructions(prompt.instructions)
     positions = torch.arange(ids.shape[1], device=device)[None]
     with roots_whole(model):
-        hidden = model(ids, positions, pixels, 1, None if words is None else words.to(device))  # [1, S, D]
+        words = None if words is None else words.to(device)
+        hidden = model(ids, positions, pixels, 1, words, image_sizes=prompt.image_sizes)  # [1, S, D]
         return model.logits(hidden[0, -POSITIONS:]).float().cpu()
 
 

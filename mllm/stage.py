@@ -27,7 +27,15 @@ from mllm.data.streams.plan import StreamPlan
 from mllm.data.streams.reader import Stream
 from mllm.inherit import take_over
 from mllm.models.attention import check_isolation, check_rotation
-from mllm.models.build import ModelConfig, attention_of, build_model, check_llm, named, visual_tokens_per_image
+from mllm.models.build import (
+    ModelConfig,
+    attention_of,
+    build_model,
+    check_llm,
+    check_rows,
+    named,
+    visual_tokens_per_image,
+)
 from mllm.models.deferred import CannotDefer, empty_llm
 from mllm.models.multimodal import MultimodalLM
 from mllm.models.packed.choice import check_attention
@@ -88,6 +96,8 @@ def build_processor(config: RunConfig) -> Processor:
     """The processor of the parts, its visual tokens counted from config files alone."""
     parts = config.parts()
     visual_tokens = visual_tokens_per_image(parts)
+    if config.data.tiles == "anyres":
+        check_rows(parts)
     check_llm(parts)
     leading = parts.encoders()[0]
     with named("tokenizer or image processor", f"{parts.llm} or {leading}"):
@@ -112,7 +122,8 @@ def build(accelerator: Accelerator, config: RunConfig, processor: Processor) -> 
     its files and its adapter allow that; which of the two is said. A dry run does not read a large one at all."""
     sharded, adapter = engine.shards_weights(accelerator), needs_weights(config.init_from, config.train.lora)
     waits = sharded or (config.dry_run and is_heavy(config.parts(), accelerator.device))
-    model = build_model(config.parts(), processor.image_token_id, deferred=waits and not adapter)
+    token, layout = processor.image_token_id, processor.any_resolution
+    model = build_model(config.parts(), token, deferred=waits and not adapter, any_resolution=layout)
     if sharded:
         reason = getattr(model.llm, "whole_because", adapter)
         how = f"whole on each rank while it is built: {reason}" if reason else "one weight at a time into the shards"

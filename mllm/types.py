@@ -143,6 +143,8 @@ class Example:
     """Why this is a hole: the sample could not be read, and its place carries no labels and no image."""
     instructions: list[list[int]] = field(default_factory=list)
     """[n] lists of tokens: the words of the turn in which each image stands; empty where no connector reads them."""
+    image_sizes: list[tuple[int, int]] = field(default_factory=list)
+    """Height and width of each image whose tiles are laid out by them (`data.tiles: anyres`); else empty."""
 
 
 @dataclass
@@ -160,6 +162,8 @@ class Row:
     instructions: list[list[int]] = field(default_factory=list)
     """Of each image, where a connector reads them."""
     faults: list[Fault] = field(default_factory=list)
+    image_sizes: list[tuple[int, int]] = field(default_factory=list)
+    """Of each image, where its tiles are laid out by them."""
 
 
 class Batch(TypedDict):
@@ -175,6 +179,7 @@ class Batch(TypedDict):
     num_images: int  # N
     row_images: list[int]  # of them, those of each row
     instruction_ids: Tensor | None  # [N, T] int64, -1 behind the last; None where there is none, or nobody reads them
+    image_sizes: list[list[tuple[int, int]]]  # per row, height and width of each image that is laid out by them
     sample_ids: list[list[str]]  # per row, in order
     where: list[str]  # file and row of each sample
     sources: list[list[int]]  # per row, of each sample the number of its source

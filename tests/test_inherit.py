@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from conftest import make_clip, make_image_processor, make_llm, make_processor, make_tokenizer
+from mllm.any_resolution import AnyResolution
 from mllm.config import RunConfig, dump_config
 from mllm.inherit import take_over
 from mllm.models.build import ModelConfig, build_model
 from mllm.models.connectors import AvgPoolConnector, MLPConnector, QFormerConnector
 from mllm.models.multimodal import MultimodalLM
 from mllm.train.settings import TrainConfig
-from mllm.train.stage_folder import save_stage
+from mllm.train.stage_folder import load_stage, save_stage
 from mllm.train.trainable import LearningRates, choose_trainable
 from mllm.train.tuning.adapters import Lora
 
@@ -25,6 +26,8 @@ FULL = {"learning_rate": LearningRates(connector=1e-3, llm=1e-3, vision_encoder=
 LORA = {"learning_rate": LearningRates(connector=1e-3, llm=1e-3), "lora": Lora(rank=2)}
 PARTS = ["connector", "llm", "vision_encoder"]
 ALIGN = {"learning_rate": LearningRates(connector=1e-3)}
+TILES = AnyResolution(28, 2, ((2, 1), (1, 2)))
+"""What a processor with `data.tiles: anyres` asks for."""
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +55,9 @@ def finished(shelf: Path, tmp_path: Path) -> Callable[..., Path]:
     """Write a stage whose trained weights all differ from where they began."""
 
     def stage(training: dict[str, Any], name: str = "before", **parts: Any) -> Path:
+        tiles = parts.pop("tiles", None)
         config = run(shelf, tmp_path / name, **parts, training=training)
-        model = build_model(config.parts(), 384)
+        model = build_model(config.parts(), 384, any_resolution=tiles)
         choose_trainable(model, config.train.learning_rate, config.train.lora)
         torch.manual_seed(5)
         for parameter in model.parameters():
@@ -80,9 +84,9 @@ def run(
     return RunConfig(TrainConfig(output_dir=out, **(training or {})), model=model, **more)
 
 
-def started(config: RunConfig) -> tuple[MultimodalLM, str]:
+def started(config: RunConfig, tiles: AnyResolution | None = None) -> tuple[MultimodalLM, str]:
     torch.manual_seed(1)
-    model = build_model(config.parts(), 384)
+    model = build_model(config.parts(), 384, any_resolution=tiles)
     return model, take_over(config, model)
 
 
@@ -203,3 +207,37 @@ def test_same_parts_by_another_path_are_the_same(shelf, finished, tmp_path, monk
     config.model.llm = "llm"
     _, told = started(config)
     assert told == f"starting from {before} with its connector, llm"
+
+
+def test_tiles_that_are_added_start_with_a_new_newline_which_is_named(shelf, finished, tmp_path) -> None:
+    before = finished(ALIGN)
+    model, told = started(run(shelf, tmp_path / "now", init_from=before, training=ALIGN), TILES)
+    plain, _ = started(run(shelf, tmp_path / "now", init_from=before))
+    assert told == f"starting from {before} with its connector\n  started anew: image_newline"
+    assert equal(weights(model, "connector"), weights(plain, "connector"))
+    with pytest.raises(ValueError, match=r"has no image_newline[^$]*learning_rate.connector a rate"):
+        started(
+            run(shelf, tmp_path / "now", init_from=before, training={"learning_rate": LearningRates(llm=1e-3)}), TILES
+        )
+
+
+def test_newline_goes_on_or_is_left_behind_where_nobody_reads_it(shelf, finished, tmp_path) -> None:
+    before = finished(ALIGN, tiles=TILES)
+    model, told = started(run(shelf, tmp_path / "now", init_from=before), TILES)
+    again, _ = started(run(shelf, tmp_path / "again", init_from=before), AnyResolution(28, 2, ((3, 3),)))
+    assert told == f"starting from {before} with its connector, image_newline"
+    assert equal(weights(model, "image_newline"), weights(again, "image_newline"))
+    torch.manual_seed(1)
+    assert not equal(
+        weights(model, "image_newline"),
+        weights(build_model(run(shelf, tmp_path).parts(), 384, any_resolution=TILES), "image_newline"),
+    )
+    _, told = started(run(shelf, tmp_path / "now", init_from=before))
+    assert "with its connector\n" in told
+    assert "image_newline: left behind" in told
+
+
+def test_stage_without_a_newline_is_not_read_as_one_with_it(shelf, finished, tmp_path) -> None:
+    model = build_model(run(shelf, tmp_path).parts(), 384, any_resolution=TILES)
+    with pytest.raises(ValueError, match=r"has no image_newline.safetensors: it was trained without data.tiles anyres"):
+        load_stage(model, finished(ALIGN))

@@ -31,6 +31,7 @@ def collate(rows: Sequence[Row], pixel_shape: tuple[int, int, int]) -> Batch:
         num_images=sum(row_images),
         row_images=row_images,
         instruction_ids=stack_instructions([words for row in rows for words in row.instructions]),
+        image_sizes=[row.image_sizes for row in rows],
         sample_ids=[row.sample_ids for row in rows],
         where=[where for row in rows for where in row.where],
         sources=[row.sources for row in rows],

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,10 +80,9 @@ class HeldOutBatches(Dataset[Asked]):
         """Samples that can borrow other images."""
         return sum(number is not None for number in self.lender)
 
-    def tiles(self, index: Index) -> list[tuple[int, ...]]:
-        """Of each sample the tiles of each of its images: only who has the same can lend."""
-        tiling = self.examples.processor.tiling
-        of_size = tiling.number if tiling else lambda width, height: 1
+    def tiles(self, index: Index) -> list[tuple[Any, ...]]:
+        """Of each sample the tiles of each of its images, and how they are laid out: only who has the same can lend."""
+        of_size = self.examples.processor.layout
         sizes = (sides for sides in index.sizes.to_pylist())
         return [tuple(map(of_size, sides[::2], sides[1::2])) for sides in sizes]
 

@@ -61,8 +61,9 @@ class DataConfig(Schema):
     """`native`: what the encoder's own image processor does. `pad`: pad to a square with the mean colour first.
     `crop`: the square in the middle. `resize`: squeeze to a square."""
     tiles: Tiles = "none"
-    """An image as several tiles with the whole picture beside them, each as many visual tokens as an image has:
-    `anyres` (LLaVA-NeXT's grids, aspect kept) or `dynamic` (InternVL, nearest aspect, squeezed)."""
+    """An image as several tiles with the whole picture beside them: `anyres` (LLaVA-NeXT: aspect kept on black, no
+    tokens for the border, a learned newline behind each row) or `dynamic` (InternVL: nearest aspect, squeezed, each
+    tile as many visual tokens as an image has)."""
     max_tiles: Positive | None = None
     """Of one image, the whole picture not counted: 12 for `dynamic`, LLaVA-NeXT's five grids of up to 4 for `anyres`,
     where nothing is set."""

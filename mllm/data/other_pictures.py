@@ -10,7 +10,7 @@ import hashlib
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mllm.types import ImageSource
@@ -33,7 +33,7 @@ def image_name(image: ImageSource) -> str:
     return f"an image in memory ({hashlib.sha256(pixels).hexdigest()[:16]})"
 
 
-def lenders(pictures: Sequence[Picture], seed: int, kinds: Sequence[tuple[int, ...]] | None = None) -> list[int | None]:
+def lenders(pictures: Sequence[Picture], seed: int, kinds: Sequence[tuple[Any, ...]] | None = None) -> list[int | None]:
     """For each sample the number of one with another picture, drawn by `seed`; None where it has no image, or where no
     other picture has as many; with `kinds`, which tell the tiles of each image, as many in each place.
 

@@ -137,6 +137,7 @@ def join(examples: Sequence[Example], pixel_shape: tuple[int, int, int]) -> Row:
         sources=[example.source for example in examples],
         instructions=[words for example in examples for words in example.instructions],
         faults=[example.fault for example in examples if example.fault],
+        image_sizes=[size for example in examples for size in example.image_sizes],
     )
 
 

@@ -2,8 +2,9 @@
 builder.
 
 Enters: a `Sample`. Leaves: an `Example`, `pixel_values` [n, 3, H, W] uint8 (the device normalises them), `input_ids`
-and `labels` [T] in which each image's placeholder is V slots wide, or V for each of its tiles. How many visual tokens
-an image or tile becomes is told by the model side, from config alone; how many tiles, by the image's header.
+and `labels` [T] in which each image's placeholder is V slots wide, or V for each of its tiles, or as many as its size
+asks for (`any_resolution.py`). How many visual tokens an image or tile becomes is told by the model side, from config
+alone; how many tiles, by the image's header.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from PIL import Image, ImageOps
@@ -50,6 +51,15 @@ class Unreadable(ValueError):
     kind = "image"
 
 
+class Taken(NamedTuple):
+    """What one image takes."""
+
+    tiles: int
+    """Of the encoder."""
+    tokens: int
+    """Of the text: its slots."""
+
+
 @dataclass(frozen=True)
 class Encoded:
     """A sample in tokens, as much of it as fits."""
@@ -85,7 +95,7 @@ class Processor:
     image_markers: ImageMarkers = "none"
     """`numbered`: words around each image that number it, see `talk/markers.py`."""
     tiles: Tiles = "none"
-    """An image as several tiles, each of V visual tokens, see `imaging/tiling.py`."""
+    """An image as several tiles of V visual tokens, without its border in `anyres`, see `imaging/tiling.py`."""
     max_tiles: int | None = None
     """Of one image, without the whole picture beside them."""
 
@@ -99,6 +109,7 @@ class Processor:
         self.to_pixels, self.normalisation, self.pixel_shape = cheapest_way(self.image_processor)
         self.least_side = least_side(self.image_processor, self.pixel_shape)
         self.tiling = self.choose_tiling()
+        self.any_resolution = self.tiling.any_resolution(self.num_visual_tokens) if self.tiling else None
 
     def choose_tiling(self) -> Tiling | None:
         """The policy, at the size that the encoder reads.
@@ -126,14 +137,44 @@ class Processor:
         """The fewest and the most tiles that an image becomes."""
         return self.tiling.range() if self.tiling else (1, 1)
 
+    @property
+    def token_range(self) -> tuple[int, int]:
+        """The fewest and the most visual tokens that an image becomes."""
+        if self.any_resolution:
+            return self.any_resolution.range()
+        fewest, most = self.tile_range
+        return fewest * self.num_visual_tokens, most * self.num_visual_tokens
+
     def num_tiles(self, image: ImageSource) -> int:
         """What the encoder is handed for an image: 1, or as many tiles as its header says."""
+        return self.taken(image).tiles
+
+    def taken(self, image: ImageSource) -> Taken:
+        """What an image takes, by its header."""
         if self.tiling is None:
-            return 1
+            return Taken(1, self.num_visual_tokens)
         try:
-            return self.tiling.number(*image_size(image))
+            width, height = image_size(image)
         except ValueError as error:
             raise Unreadable(str(error)) from error
+        tiles = self.tiling.number(width, height)
+        return Taken(tiles, self.num_slots(tiles, [(height, width)]))
+
+    def num_slots(self, tiles: int, sizes: list[tuple[int, int]]) -> int:
+        """Of an image of so many tiles, and of that height and width if its tiles are laid out by them."""
+        if self.any_resolution is None:
+            return tiles * self.num_visual_tokens
+        return sum(self.any_resolution.num_tokens(width, height) for height, width in sizes)
+
+    def sizes(self, image: ImageSource) -> list[tuple[int, int]]:
+        """Height and width of an image whose tiles are laid out by them; of others nothing."""
+        return [image_size(image)[::-1]] if self.any_resolution else []
+
+    def layout(self, width: int, height: int) -> tuple[int, ...]:
+        """What two images must share to stand in each other's slots: tiles, their grid, what is no border of it."""
+        if self.any_resolution:
+            return *self.any_resolution.grid(width, height), *self.any_resolution.kept(width, height)
+        return (self.tiling.number(width, height) if self.tiling else 1,)
 
     def __call__(self, sample: Sample, max_length: int | None = None) -> Example:
         """The sample with its labels, cut to `max_length` tokens (never through an image).
@@ -145,17 +186,22 @@ class Processor:
 
     def example(self, sample: Sample, input_ids: list[int], labels: list[int], source: int = 0) -> Example:
         """The sample's tokens with the pixels of those images that stand in them."""
-        missing = input_ids.count(self.image_token_id) // self.num_visual_tokens
+        missing = input_ids.count(self.image_token_id)
         shown: list[Tensor] = []
+        sizes: list[tuple[int, int]] = []
         for image in sample.images:
             if missing > 0:
                 shown.append(self.image_pixels(image))
-                missing -= len(shown[-1])
+                sizes += (own := self.sizes(image))
+                missing -= self.num_slots(len(shown[-1]), own)
         if missing:
             raise ValueError(f"{sample.where or sample.id}: an image has another size than when its tiles were counted")
-        own = zip(self.instructions(sample), shown, strict=False)
-        words = [tokens for tokens, tiles in own for _ in range(len(tiles))]
-        return Example(sample.id, input_ids, labels, self.stacked(shown), sample.where, source, instructions=words)
+        told = zip(self.instructions(sample), shown, strict=False)
+        words = [tokens for tokens, tiles in told for _ in range(len(tiles))]
+        pixels = self.stacked(shown)
+        return Example(
+            sample.id, input_ids, labels, pixels, sample.where, source, instructions=words, image_sizes=sizes
+        )
 
     def tokens(self, sample: Sample, max_length: int | None = None) -> tuple[list[int], list[int]]:
         """What `encode` gives, or gave the last time if it is kept."""
@@ -182,12 +228,13 @@ class Processor:
         places = self.check_placeholders(sample, input_ids)
         for place in places:  # an image in the assistant's own turn is shown, not said
             labels[place] = IGNORE_INDEX
-        tiles, end = self.fitting(sample.images, places, max_length)
-        input_ids, labels = self.expand(input_ids, places, tiles), self.expand(labels, places, tiles)
+        taken, end = self.fitting(sample.images, places, max_length)
+        slots, tiles = [of.tokens for of in taken], sum(of.tiles for of in taken)
+        input_ids, labels = self.expand(input_ids, places, slots), self.expand(labels, places, slots)
         if end is None or len(input_ids) <= end:
-            return Encoded(input_ids, labels, len(tiles), sum(tiles))
+            return Encoded(input_ids, labels, len(taken), tiles)
         self.check_cut(sample, len(input_ids), labels[:end], max_length or end)
-        return Encoded(input_ids[:end], labels[:end], len(tiles), sum(tiles), len(input_ids) - end)
+        return Encoded(input_ids[:end], labels[:end], len(taken), tiles, len(input_ids) - end)
 
     def marked(self, sample: Sample) -> list[Message]:
         """The messages with what stands around their images."""
@@ -196,7 +243,8 @@ class Processor:
     def prompt(self, sample: Sample) -> Example:
         """The sample as a question: tokens up to where the assistant's next words begin, no labels."""
         input_ids, places = self.asked(sample)
-        input_ids = self.expand(input_ids, places, self.fitting(sample.images, places, None)[0])
+        taken, _ = self.fitting(sample.images, places, None)
+        input_ids = self.expand(input_ids, places, [of.tokens for of in taken])
         return self.example(sample, input_ids, [IGNORE_INDEX] * len(input_ids))
 
     def asked(self, sample: Sample) -> tuple[list[int], list[int]]:
@@ -230,32 +278,32 @@ class Processor:
             )
         return places
 
-    def expand(self, values: list[int], places: list[int], tiles: list[int]) -> list[int]:
-        """Repeat each value that stands at a placeholder: V times for each tile, and for images that `tiles` does not
-        tell of, which are cut away, V times."""
+    def expand(self, values: list[int], places: list[int], slots: list[int]) -> list[int]:
+        """Repeat each value that stands at a placeholder, and for images that `slots` does not tell of, which are cut
+        away, V times."""
         expanded, start = [], 0
-        for place, number in zip_longest(places, tiles, fillvalue=1):
+        for place, number in zip_longest(places, slots, fillvalue=self.num_visual_tokens):
             expanded += values[start:place]
-            expanded += values[place : place + 1] * (number * self.num_visual_tokens)
+            expanded += values[place : place + 1] * number
             start = place + 1
         return expanded + values[start:]
 
     def fitting(
         self, images: list[ImageSource], places: list[int], max_length: int | None
-    ) -> tuple[list[int], int | None]:
-        """The tiles of each image that fits, and where to cut: at `max_length`, or in front of the first image that
+    ) -> tuple[list[Taken], int | None]:
+        """What each image takes that fits, and where to cut: at `max_length`, or in front of the first image that
         does not fit. What stands behind the cut is not opened."""
-        tiles, added, end = list[int](), 0, float("inf") if max_length is None else max_length
+        taken, added, end = list[Taken](), 0, float("inf") if max_length is None else max_length
         for place, image in zip(places, images, strict=True):
             start = place + added
             if start + self.num_visual_tokens > end:
-                return tiles, min(start, int(end))
-            slots = self.num_tiles(image) * self.num_visual_tokens
-            if start + slots > end:
-                return tiles, start
-            tiles.append(slots // self.num_visual_tokens)
-            added += slots - 1
-        return tiles, max_length
+                return taken, min(start, int(end))
+            own = self.taken(image)
+            if start + own.tokens > end:
+                return taken, start
+            taken.append(own)
+            added += own.tokens - 1
+        return taken, max_length
 
     def check_cut(self, sample: Sample, length: int, labels: list[int], max_length: int) -> None:
         """Something must be left to learn."""

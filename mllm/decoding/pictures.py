@@ -1,7 +1,7 @@
 """Visual tokens of the images of a conversation, each computed once.
 
 Enters: images by any of their names, and for a connector that reads them the words of each image's turn. Leaves: visual
-tokens [n * V, D] of each image, n its tiles. An image is known again by what it is: a file by its path, size and time
+tokens [S, D] of each image, S its slots. An image is known again by what it is: a file by its path, size and time
 of change, a picture in memory by its pixels; a URL is fetched once.
 """
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from mllm.data.images import open_image
 from mllm.data.processor import Processor
 from mllm.models.multimodal import MultimodalLM
+from mllm.models.splice import one_sequence
 from mllm.types import ImageSource, Sample
 
 OTHERS = 16
@@ -33,7 +34,7 @@ class Picture:
     number: int
     """Tells it from all others that were computed."""
     tokens: Tensor
-    """[n * V, D]."""
+    """[S, D]."""
 
 
 class Pictures:
@@ -67,7 +68,8 @@ class Pictures:
         pixels = self.processor.image_pixels(image).to(device)  # [n, 3, H, W]
         instruction = torch.tensor([said or [-1]] * len(pixels), device=device) if self.processor.instruct else None
         self.computed += 1
-        return Picture(self.computed, self.model.visual_tokens(pixels, instruction).flatten(0, 1))
+        tokens = self.model.visual_tokens(pixels, instruction, self.processor.sizes(image))
+        return Picture(self.computed, one_sequence(tokens))
 
 
 def name(image: ImageSource) -> Hashable:

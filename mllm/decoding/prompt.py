@@ -3,7 +3,7 @@
 Enters: a `Sample` that waits for an answer. Leaves: a `Prompt`: marks to compare with those of the turn before, and
 the embeddings [1, T, D] of its last tokens.
 
-T tokens, V visual tokens an image or tile, D width of the LLM.
+T tokens, S slots of an image, D width of the LLM.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Prompt:
     marks: list[Hashable]
     """A token's id; of a slot, its image and its number there. Equal marks in front mean equal keys and values."""
     visual_tokens: list[Tensor]
-    """[n * V, D] of each image."""
+    """[S, D] of each image."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -51,8 +51,7 @@ def read(sample: Sample, pictures: Pictures, device: torch.device) -> Prompt:
     processor = pictures.processor
     unexpanded, places = processor.asked(sample)
     shown = pictures(sample, device)
-    tiles = [len(picture.tokens) // processor.num_visual_tokens for picture in shown]
-    input_ids = processor.expand(unexpanded, places, tiles)
+    input_ids = processor.expand(unexpanded, places, [len(picture.tokens) for picture in shown])
     slots = ((picture.number, slot) for picture in shown for slot in range(len(picture.tokens)))
     marks: list[Hashable] = [next(slots) if token == processor.image_token_id else token for token in input_ids]
     return Prompt(input_ids, marks, [picture.tokens for picture in shown])

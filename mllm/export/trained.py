@@ -76,7 +76,7 @@ def load(name: str, with_adapter: bool = True, rounded_to: torch.dtype | None = 
     folder, config, parts, processor = read(name)
     # four bits are drawn from the weights as training read them
     exact = parts if parts.quantisation else replace(parts, dtype="float32")
-    model = build_model(exact, processor.image_token_id)
+    model = build_model(exact, processor.image_token_id, any_resolution=processor.any_resolution)
     load_stage(model, folder)
     if rounded_to:
         round_weights(model, rounded_to)
@@ -93,7 +93,11 @@ def skeleton(name: str) -> Trained:
     """The same without a weight (meta device): enough to tell where the model lives, and to write its processor."""
     folder, config, parts, processor = read(name)
     with torch.device("meta"):
-        model = build_model(replace(parts, random_weights=True, quantisation=None), processor.image_token_id)
+        model = build_model(
+            replace(parts, random_weights=True, quantisation=None),
+            processor.image_token_id,
+            any_resolution=processor.any_resolution,
+        )
     return Trained(folder, config, parts, model, processor)
 
 

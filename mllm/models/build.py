@@ -15,10 +15,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from mllm.any_resolution import AnyResolution
 from mllm.image_processor import load_image_processor, square_side
 from mllm.models.connectors import ConnectorConfig, MLPConnector
 from mllm.models.deferred import CannotDefer, deferred_llm
 from mllm.models.fused_encoder import FusedEncoder
+from mllm.models.image_newline import ImageNewline
 from mllm.models.multimodal import MultimodalLM
 from mllm.models.packed.choice import Attention, implementation
 from mllm.models.quantised import check_installed, keep_layout, quantisation_config, quantise
@@ -85,6 +87,15 @@ def vision_grids(config: ModelConfig) -> list[Grid]:
     return common_grids(own, any_size)
 
 
+def check_rows(config: ModelConfig) -> None:
+    """Raises a `ValueError` where visual tokens have no place in the picture, and cannot be laid out as it."""
+    if not config.connector.in_rows:
+        raise ValueError(
+            f"data.tiles anyres with a {config.connector.type} connector, whose visual tokens have no place in the "
+            f"picture: set data.tiles dynamic, or choose mlp, linear, avg_pool, pixel_shuffle or c_abstractor"
+        )
+
+
 def check_llm(config: ModelConfig) -> None:
     """Is there an LLM of that name? Asked of its config file, before anything large is read."""
     from transformers import AutoConfig
@@ -93,17 +104,22 @@ def check_llm(config: ModelConfig) -> None:
         AutoConfig.from_pretrained(config.llm)
 
 
-def build_model(config: ModelConfig, image_token_id: int, deferred: bool = False) -> MultimodalLM:
-    """Read both frozen parts, draw a fresh connector between them. Where the LLM is `deferred` its weights are read by
-    whoever needs them, one at a time (`models/deferred.py`), if its files allow it.
+def build_model(
+    config: ModelConfig, image_token_id: int, deferred: bool = False, any_resolution: AnyResolution | None = None
+) -> MultimodalLM:
+    """Read both frozen parts, draw a fresh connector between them, and a newline where the processor lays tiles out at
+    `any_resolution`. Where the LLM is `deferred` its weights are read by whoever needs them, one at a time
+    (`models/deferred.py`), if its files allow it.
 
     Raises:
         ValueError: an id or folder holds no such model.
     """
     encoder = build_encoder(config)
     llm = load_llm(config, deferred)
-    connector = config.connector.build(encoder.width, llm.get_input_embeddings().embedding_dim, encoder.num_patches)
-    model = MultimodalLM(encoder, connector, llm, image_token_id)
+    width = llm.get_input_embeddings().embedding_dim
+    connector = config.connector.build(encoder.width, width, encoder.num_patches)
+    newline = ImageNewline(any_resolution, width) if any_resolution else None
+    model = MultimodalLM(encoder, connector, llm, image_token_id, newline)
     return model.requires_grad_(False)
 
 

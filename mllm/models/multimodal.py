@@ -7,11 +7,13 @@ Packed rows are isolated by their positions alone: no attention mask and no cach
 a row holds several samples. An all-ones mask or a cache would let them see each other without any error. For kernels
 that are told where each sample begins, that is derived from the same positions (`packed/boundaries.py`).
 
-B rows, S tokens of a row, N images, P patches, V visual tokens an image, Dv D widths of encoder and LLM.
+B rows, S tokens of a row, N images or tiles, P patches, V visual tokens of each, T of all that are laid out as images
+of any resolution (`image_newline.py`), Dv D widths of encoder and LLM.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from mllm.models.feature_cache import FeatureCache
 from mllm.models.fused_encoder import FusedEncoder
 from mllm.models.head import scaled
+from mllm.models.image_newline import ImageNewline
 from mllm.models.packed.boundaries import Boundaries
 from mllm.models.packed.choice import packed_mask
 from mllm.models.splice import splice
@@ -30,11 +33,17 @@ class MultimodalLM(nn.Module):
     """Give it its parts; tests hand in tiny ones."""
 
     def __init__(
-        self, vision_encoder: VisionEncoder | FusedEncoder, connector: nn.Module, llm: Any, image_token_id: int
+        self,
+        vision_encoder: VisionEncoder | FusedEncoder,
+        connector: nn.Module,
+        llm: Any,
+        image_token_id: int,
+        image_newline: ImageNewline | None = None,
     ) -> None:
         super().__init__()
         self.vision_encoder = vision_encoder
         self.connector = connector
+        self.image_newline = image_newline
         self.llm: Any = llm
         self.image_token_id = image_token_id
         self.feature_cache: FeatureCache | None = None
@@ -49,31 +58,43 @@ class MultimodalLM(nn.Module):
         instruction_ids: Tensor | None = None,
         slots: Tensor | None = None,
         samples: Boundaries | None = None,
+        image_sizes: Sequence[tuple[int, int]] | None = None,
     ) -> Tensor:
-        """[B, S], [B, S], [max(N, 1), 3, H, W], [N, T] -> hidden states [B, S, D].
+        """[B, S], [B, S], [max(N, 1), 3, H, W], [N, words] -> hidden states [B, S, D].
 
         What the host knows already, a device need not be asked: the places of the placeholders in all rows, `slots`
-        [N * V], and the boundaries of the samples.
+        [T], and the boundaries of the samples.
 
         Raises:
             ValueError: placeholders and visual tokens differ in number.
         """
-        visual_tokens = self.visual_tokens(pixel_values, instruction_ids)  # [N, V, D]
+        visual_tokens = self.visual_tokens(pixel_values, instruction_ids, image_sizes)
         embeddings = self.embed(input_ids, visual_tokens, num_images, slots)  # [B, S, D]
         mask = packed_mask(self.llm, embeddings, position_ids, samples)
         decoder = self.llm.get_decoder()
         options = {"attention_mask": mask, "position_ids": position_ids, "use_cache": False}
         return decoder(inputs_embeds=embeddings, **options).last_hidden_state
 
-    def visual_tokens(self, pixel_values: Tensor, instruction_ids: Tensor | None = None) -> Tensor:
-        """[N, 3, H, W] -> [N, V, D], through encoder and connector; instructions [N, T] for one that reads them."""
+    def visual_tokens(
+        self,
+        pixel_values: Tensor,
+        instruction_ids: Tensor | None = None,
+        image_sizes: Sequence[tuple[int, int]] | None = None,
+    ) -> Tensor:
+        """[N, 3, H, W] -> [N, V, D], through encoder and connector; or [T, D] of tiles that are laid out as images of
+        these heights and widths."""
+        tokens = self.connected(pixel_values, instruction_ids)  # [N, V, D]
+        return tokens if self.image_newline is None else self.image_newline(tokens, image_sizes)
+
+    def connected(self, pixel_values: Tensor, instruction_ids: Tensor | None) -> Tensor:
+        """[N, 3, H, W] -> [N, V, D]; instructions [N, words] for a connector that reads them."""
         features = self.features(pixel_values)  # [N, P, Dv]
         features = features.to(next(self.connector.parameters()).dtype)
         if not getattr(self.connector, "instruct", False):
             return self.connector(features)  # [N, V, D]
         if instruction_ids is None:  # looked up all the same: every rank takes part in what gathers the table
             instruction_ids = torch.full((len(features), 1), -1, device=features.device)
-        words = self.llm.get_input_embeddings()(instruction_ids.clamp(min=0))  # [N, T, D]
+        words = self.llm.get_input_embeddings()(instruction_ids.clamp(min=0))  # [N, words, D]
         return self.connector(features, words.to(features.dtype), instruction_ids >= 0)  # [N, V, D]
 
     def features(self, pixel_values: Tensor) -> Tensor:

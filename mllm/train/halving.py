@@ -93,6 +93,7 @@ def split(batch: Batch, rows: int) -> list[Batch]:
                 num_images=len(pixels),
                 row_images=batch["row_images"][first:last],
                 instruction_ids=words[images[first] : images[last]] if words is not None and len(pixels) else None,
+                image_sizes=batch["image_sizes"][first:last],
                 sample_ids=batch["sample_ids"][first:last],
                 sources=batch["sources"][first:last],
                 where=batch["where"][samples[first] : samples[last]],

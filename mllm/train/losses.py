@@ -112,12 +112,14 @@ def num_supervised(batch: Batch) -> int:
     return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
 
 
-def model_inputs(batch: Batch, device: torch.device) -> dict[str, Tensor | int]:
-    """What `NextToken.forward` takes of a batch, on the device."""
-    tensors = {
+def model_inputs(batch: Batch, device: torch.device) -> dict[str, Any]:
+    """What `NextToken.forward` takes of a batch, on the device; sizes stay numbers, which nobody waits for."""
+    tensors: dict[str, Any] = {
         name: batch[name].to(device, non_blocking=True)  # type: ignore[literal-required]
         for name in ("input_ids", "labels", "position_ids", "pixel_values")
     }
     if (words := batch["instruction_ids"]) is not None:
         tensors["instruction_ids"] = words.to(device, non_blocking=True)
+    if sizes := [size for row in batch["image_sizes"] for size in row]:
+        tensors["image_sizes"] = sizes
     return {**tensors, "num_images": batch["num_images"]}

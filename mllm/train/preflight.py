@@ -132,10 +132,11 @@ def stream_table(known: Look, plan: Plan | StreamPlan, processor: Processor, ste
 
 def visual_tokens(processor: Processor) -> str:
     """How many an image becomes."""
-    one, (fewest, most) = processor.num_visual_tokens, processor.tile_range
+    one, tiles = processor.num_visual_tokens, processor.tile_range
     if processor.tiling is None:
         return f"{one} visual tokens"
-    return f"{fewest * one} to {most * one} visual tokens ({fewest} to {most} tiles of {one}, {processor.tiles})"
+    fewest, most = processor.token_range
+    return f"{fewest} to {most} visual tokens ({tiles[0]} to {tiles[1]} tiles of {one}, {processor.tiles})"
 
 
 def template_line(model: MultimodalLM, processor: Processor) -> Text:

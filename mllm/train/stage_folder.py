@@ -32,8 +32,10 @@ if TYPE_CHECKING:
 
 ADAPTERS = {"vision_encoder": "vision_adapter", "llm": "adapter"}
 """Where a part's adapter lies in the folder."""
-TAKEN = ("connector", "llm", "vision_encoder")
+TAKEN = ("connector", "image_newline", "llm", "vision_encoder")
 """What a later stage can take over."""
+NEWLINE = "image_newline.safetensors"
+"""Written by every stage whose tiles are laid out at any resolution."""
 FINISHED = "connector.safetensors"
 """Every stage ends by writing this file: a folder without it did not finish."""
 
@@ -46,6 +48,8 @@ def save_stage(folder: Path, model: MultimodalLM, processor: Processor, config_y
         (folder / "config.json").write_text(json.dumps({"model_type": STAGE_TYPE}) + "\n")
     for name in ADAPTERS:
         save_part(folder, model, name, is_main)
+    if model.image_newline is not None:
+        save_whole(model.image_newline, folder / NEWLINE, is_main)
     save_whole(model.connector, folder / FINISHED, is_main)
 
 
@@ -90,6 +94,10 @@ def load_stage(model: MultimodalLM, folder: Path, parts: Sequence[str] = TAKEN) 
         raise ValueError(f"{folder} is no finished stage: it has no {FINISHED}")
     if "connector" in parts:
         load_whole(model.connector, folder / FINISHED)
+    if "image_newline" in parts and model.image_newline is not None:
+        if not (folder / NEWLINE).is_file():
+            raise ValueError(f"{folder} has no {NEWLINE}: it was trained without data.tiles anyres")
+        load_whole(model.image_newline, folder / NEWLINE)
     for name in ADAPTERS:
         if name in parts:
             load_part(model, folder, name)

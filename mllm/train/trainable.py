@@ -19,8 +19,8 @@ from mllm.schema import NotNegative, Schema
 from mllm.train.tuning.adapters import Lora, attach_lora, merge_adapter
 from mllm.train.tuning.scales import Decay, PartName, check_patterns, check_used, factors, plain
 
-PARTS: tuple[PartName, ...] = ("connector", "llm", "vision_encoder")
-"""In the order of the optimiser's groups."""
+PARTS: tuple[PartName, ...] = ("connector", "image_newline", "llm", "vision_encoder")
+"""In the order of the optimiser's groups; `parts_of` says which a model has."""
 
 
 @dataclass
@@ -42,6 +42,11 @@ class LearningRates(Schema):
     def __post_init__(self) -> None:
         check_patterns(self.patterns)
 
+    @property
+    def image_newline(self) -> float | None:
+        """Of the vector that ends the rows of tiles: the connector's, whose output it stands among."""
+        return self.connector
+
 
 @dataclass
 class Part:
@@ -51,6 +56,11 @@ class Part:
     trained: int
     frozen: int
     rate: float | None
+
+
+def parts_of(model: MultimodalLM) -> list[PartName]:
+    """The parts that the model has: a newline only where tiles are laid out at any resolution."""
+    return [name for name in PARTS if getattr(model, name) is not None]
 
 
 def choose_trainable(
@@ -73,11 +83,13 @@ def choose_trainable(
             merge_adapter(model, name)
             getattr(model, name).requires_grad_(True)
     if rates.connector:
-        model.connector.requires_grad_(True)
+        for part in (model.connector, model.image_newline):
+            if part is not None:
+                part.requires_grad_(True)
     if rates.vision_encoder:
         model.vision_encoder.freeze_behind_tap()
     freeze_scaled_to_zero(model, rates)
-    for name in PARTS:
+    for name in parts_of(model):
         is_whole = bool(getattr(rates, name)) and not adapters.get(name)
         for parameter in getattr(model, name).parameters():
             if parameter.requires_grad or is_whole:  # a part that is half bfloat16 could not compute
@@ -121,7 +133,7 @@ def freeze_scaled_to_zero(model: MultimodalLM, rates: LearningRates) -> None:
 
 def rate_factors(model: MultimodalLM, rates: LearningRates) -> dict[str, float]:
     """The factor on its part's rate of everything that trains, by name."""
-    return factors(model, PARTS, rates.patterns, rates.layer_decay)
+    return factors(model, parts_of(model), rates.patterns, rates.layer_decay)
 
 
 def parameter_groups(model: MultimodalLM, rates: LearningRates, weight_decay: float) -> list[dict[str, Any]]:
@@ -131,7 +143,7 @@ def parameter_groups(model: MultimodalLM, rates: LearningRates, weight_decay: fl
     """
     factor = rate_factors(model, rates)
     groups = []
-    for part in PARTS:
+    for part in parts_of(model):
         trained = [
             (p, factor[f"{part}.{name}"]) for name, p in getattr(model, part).named_parameters() if p.requires_grad
         ]
@@ -160,7 +172,8 @@ def parts(model: MultimodalLM, rates: LearningRates) -> list[Part]:
     """The table: per part how many parameters train, how many are frozen, at which rate."""
     return [
         Part(name, count(getattr(model, name), True), count(getattr(model, name), False), getattr(rates, name))
-        for name in ("vision_encoder", "connector", "llm")
+        for name in ("vision_encoder", "connector", "image_newline", "llm")
+        if name in parts_of(model)
     ]
 
 

@@ -22,6 +22,7 @@ from mllm.data.formats.llava import LlavaSource
 from mllm.data.held_out import index_held_out
 from mllm.data.index import build_index
 from mllm.data.loader import DataConfig
+from mllm.data.processor import Processor
 from mllm.models.multimodal import MultimodalLM
 from mllm.train.engines import zero
 from mllm.train.loop import fit
@@ -53,10 +54,11 @@ def run(
     model: MultimodalLM | None = None,
     resume: bool = False,
     accelerator: Accelerator | None = None,
+    processor: Processor | None = None,
     **changes: Any,
 ) -> MultimodalLM:
     """Index, fit, return the trained model; `data` is a LLaVA file."""
-    processor = make_processor()
+    processor = processor or make_processor()
     model = model or chosen_model(train)
     config = DataConfig([LlavaSource(path=data)], seq_length=SEQ_LENGTH, **{"num_workers": 0, **changes})
     taken_out = config.held_out if isinstance(config.held_out, int) else 0

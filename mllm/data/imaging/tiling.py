@@ -4,25 +4,23 @@ Enters: width and height of a picture. Leaves: a grid of tiles and their number,
 lengths are known before a pixel is read. Enters: the picture. Leaves: as many squares.
 
 - `anyres` (LLaVA-NeXT): the grid in which most of the picture's own pixels survive, and of those the one that wastes
-  least; the picture keeps its aspect on black; the whole picture, squeezed to a square, comes first.
+  least; the picture keeps its aspect on black; the whole picture, squeezed to a square, comes first. The tokens of
+  the border are left away and each row of tokens gets a learned end, see `mllm/any_resolution.py`.
 - `dynamic` (InternVL 1.5): the grid of 1 to `max_tiles` whose aspect is nearest; the picture is squeezed into it; the
-  whole picture comes last, unless it is the only tile.
-
-Neither has a learned token between rows of tiles, and black borders of `anyres` are seen as they are (LLaVA-NeXT drops
-their tokens).
+  whole picture comes last, unless it is the only tile. Each tile is V tokens, nothing stands between them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, isqrt
 from typing import Literal
 
 from PIL import Image
 
+from mllm.any_resolution import AnyResolution, TileGrid, roomiest
+
 Tiles = Literal["none", "anyres", "dynamic"]
-TileGrid = tuple[int, int]
-"""Columns and rows."""
 LLAVA_NEXT: list[TileGrid] = [(2, 1), (1, 2), (2, 2), (1, 3), (3, 1)]
 """Its `image_grid_pinpoints`, in their order."""
 INTERNVL = 12
@@ -50,7 +48,9 @@ class Tiling:
 
     def grid(self, width: int, height: int) -> TileGrid:
         """The grid of a picture of that size."""
-        return self.roomiest(width, height) if self.policy == "anyres" else self.nearest(width, height)
+        if self.policy == "anyres":
+            return roomiest(self.grids(), self.side, width, height)
+        return self.nearest(width, height)
 
     def number(self, width: int, height: int) -> int:
         """Tiles of a picture of that size, the whole picture among them."""
@@ -65,16 +65,20 @@ class Tiling:
     def has_overview(self, tiles: int) -> bool:
         return self.policy == "anyres" or tiles > 1
 
-    def roomiest(self, width: int, height: int) -> TileGrid:
-        """LLaVA-NeXT's `select_best_resolution`."""
+    def any_resolution(self, visual_tokens: int) -> AnyResolution | None:
+        """How the tokens of `anyres` are laid out, each tile being so many; None for `dynamic`, whose are not.
 
-        def kept(grid: TileGrid) -> tuple[int, int]:
-            across, down = grid[0] * self.side, grid[1] * self.side
-            scale = min(across / width, down / height)
-            pixels = min(int(width * scale) * int(height * scale), width * height)
-            return pixels, pixels - across * down
-
-        return max(self.grids(), key=kept)
+        Raises:
+            ValueError: the tokens of a tile fill no square.
+        """
+        if self.policy != "anyres":
+            return None
+        if isqrt(visual_tokens) ** 2 != visual_tokens:
+            raise ValueError(
+                f"data.tiles anyres with {visual_tokens} visual tokens a tile: laid out in rows they must fill "
+                f"a square; choose another connector, or data.tiles dynamic"
+            )
+        return AnyResolution(self.side, isqrt(visual_tokens), tuple(self.grids()))
 
     def nearest(self, width: int, height: int) -> TileGrid:
         """InternVL's `find_closest_aspect_ratio`: of two as near, the larger, if the picture fills half of it."""

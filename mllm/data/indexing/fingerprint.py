@@ -51,5 +51,5 @@ def spelled_out(value: Any) -> Any:
 def of_code() -> str:
     """The code that reads and measures: counts of an older version of it are not trusted."""
     folder = Path(__file__).parents[1]  # mllm/data
-    files = sorted(folder.rglob("*.py"))
-    return of_text("".join(f"{file.relative_to(folder)}\n{file.read_text()}" for file in files))
+    files = [*sorted(folder.rglob("*.py")), folder.parent / "any_resolution.py"]
+    return of_text("".join(f"{file.relative_to(folder.parent)}\n{file.read_text()}" for file in files))

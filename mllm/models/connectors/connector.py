@@ -7,6 +7,7 @@ many visual tokens P patches become, so that the data side can plan before any w
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import nn
 
@@ -16,6 +17,9 @@ from mllm.schema import Schema
 @dataclass
 class Connector(Schema):
     """Base of the connector configurations; `type` in each subclass is the name that YAML uses."""
+
+    in_rows: ClassVar[bool] = True
+    """Do the visual tokens stand for places of a square grid, in reading order?"""
 
     def num_tokens(self, num_patches: int) -> int:
         """V for P patches: as many, unless a connector says otherwise."""

@@ -19,7 +19,7 @@ N images, P patches, T words, Dv H D widths of encoder, Q-Former and LLM.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ LONGEST = 128
 class QFormerConnector(Connector):
     """Learned queries with cross-attention; the defaults are BLIP-2's sizes."""
 
+    in_rows: ClassVar[bool] = False
     type: Literal["qformer"] = "qformer"
     num_queries: int = 32
     """V: visual tokens an image becomes."""

@@ -13,7 +13,7 @@ N images, P patches, V queries, Dv H D widths of encoder, resampler and LLM.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from mllm.schema import Positive
 class ResamplerConnector(Connector):
     """Learned queries that read the patches by cross-attention (Perceiver)."""
 
+    in_rows: ClassVar[bool] = False
     type: Literal["resampler"] = "resampler"
     num_queries: Positive = 64
     """V: visual tokens an image becomes."""

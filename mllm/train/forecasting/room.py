@@ -48,7 +48,8 @@ def checkpoint_bytes(model: MultimodalLM, optimizer: str) -> int:
 
 def stage_bytes(model: MultimodalLM) -> int:
     """The tensors of the finished stage folder: the connector, adapters, and each part that is not its Hub id's."""
-    return sum(map(size, model.connector.parameters())) + sum(
+    always = [part for part in (model.connector, model.image_newline) if part is not None]
+    return sum(size(parameter) for part in always for parameter in part.parameters()) + sum(
         part_bytes(part) for part in (model.vision_encoder, model.llm)
     )
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from mllm.models.connectors.qformer import LONGEST
 from mllm.models.multimodal import MultimodalLM
 from mllm.models.quantised import is_4bit
+from mllm.models.splice import one_sequence
 from mllm.train.forecasting.live_memory import Tracker
 from mllm.train.head_loss import head_loss
 
@@ -78,10 +79,10 @@ class Shadow(nn.Module):
         """As `MultimodalLM.forward` and `NextToken.forward` compute it."""
         model, ids = self.model, batch["input_ids"]
         with self.tracker.during("forward"):
-            visual = model.visual_tokens(batch["pixel_values"], batch.get("instruction_ids"))  # [N, V, D]
+            visual = model.visual_tokens(batch["pixel_values"], batch.get("instruction_ids"))  # [N, V, D] or [T, D]
             is_placeholder = ids == model.image_token_id  # [B, S]
             embeddings = model.llm.get_input_embeddings()(ids.masked_fill(is_placeholder, 0))  # [B, S, D]
-            flat = visual.flatten(0, 1).to(embeddings.dtype)
+            flat = one_sequence(visual).to(embeddings.dtype)
             embeddings = embeddings.masked_scatter(is_placeholder.unsqueeze(-1), flat)
             del visual, flat
             decoder = model.llm.get_decoder()

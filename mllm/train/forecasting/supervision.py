@@ -22,8 +22,19 @@ SHOWN_TOKENS = 160
 
 def supervised_share(index: Index | Look, processor: Processor) -> float:
     """Supervised tokens among those that are text."""
-    text = index.length.sum(dtype=np.int64) - int(index.tiles.sum()) * processor.num_visual_tokens
+    text = index.length.sum(dtype=np.int64) - visual_tokens(index, processor)
     return float(index.supervised.sum(dtype=np.int64) / max(1, text))
+
+
+def visual_tokens(index: Index | Look, processor: Processor) -> int:
+    """Of all samples, newlines among them."""
+    layout = processor.any_resolution
+    if layout is None:
+        return int(index.tiles.sum()) * processor.num_visual_tokens
+    if isinstance(index, Look):
+        return sum(item.tokens[0].count(processor.image_token_id) for item in index.items)
+    sizes, images = np.unique(index.sizes.flatten().to_numpy().reshape(-1, 2), axis=0, return_counts=True)
+    return sum(layout.num_tokens(*size) * number for size, number in zip(sizes.tolist(), images.tolist(), strict=True))
 
 
 def check_supervised_share(index: Index | Look, processor: Processor, seq_length: int) -> None:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from torch import nn
 
-PartName = Literal["connector", "llm", "vision_encoder"]
+PartName = Literal["connector", "image_newline", "llm", "vision_encoder"]
 Decay = Annotated[float, Field(gt=0, le=1)]
 
 
