@@ -25,6 +25,8 @@ CHUNK = 64
 """Tokens of a prompt that are computed at once: a short question. Up to so many the weights are what takes time."""
 MOST_CHUNKS = 4
 """A longer rest of a prompt keeps the device busy by itself."""
+HEADROOM = 512
+"""Tokens of later turns that a buffer has room for: each new one takes new recordings."""
 
 
 class Recording:
@@ -65,7 +67,8 @@ class RecordedGreedy(Greedy):
 
     def answer(self, prompt: Prompt, max_new_tokens: int) -> Iterator[int]:
         self.ahead = False
-        self.cache.reserve(len(prompt) + max_new_tokens + CHUNK)
+        if (needed := len(prompt) + max_new_tokens + CHUNK) > self.cache.capacity:
+            self.cache.reserve(needed + HEADROOM)
         return super().answer(prompt, max_new_tokens)
 
     def run(self, **tokens: Tensor) -> int:

@@ -24,19 +24,31 @@ COLUMNS = {
 """Title and form of each figure."""
 
 
+PAIRED = "CPU time of the second turn: nothing kept / kept"
+
+
 def chat_table(found: dict[str, Any]) -> Table:
     """Ways of decoding beside each other; below them what was aimed at."""
-    table = Table("LLM", "way", *(title for title, _ in COLUMNS.values()), title="two turns about a picture")
+    heads = [title for title, _ in COLUMNS.values()]
+    table = Table("LLM", "way", *heads, PAIRED, title="two turns about a picture")
     for size, told in found.items():
-        if not isinstance(told, dict) or "ways" not in told:
-            continue
-        for way, figures in told["ways"].items():
-            if "error" in figures:
-                table.add_row(size, way, figures["error"][:80])
-                continue
-            table.add_row(
-                size, way, *(form.format(figures[n]) if n in figures else "" for n, (_, form) in COLUMNS.items())
-            )
-        if found["device"] == "cuda" and size in TARGETS:
-            table.add_row(size, "target", *(str(TARGETS[size].get(name, "")) for name in COLUMNS))
+        if isinstance(told, dict) and "ways" in told:
+            for row in lines(size, told, found["device"] == "cuda"):
+                table.add_row(*row)
     return table
+
+
+def lines(size: str, told: dict[str, Any], with_targets: bool) -> list[list[str]]:
+    """The rows of one size."""
+    rows = [[size, way, *cells(figures, told if way == "ordinary" else {})] for way, figures in told["ways"].items()]
+    if with_targets and size in TARGETS:
+        rows.append([size, "target", *(f"{TARGETS[size].get(name, '')}" for name in COLUMNS), ""])
+    return rows
+
+
+def cells(figures: dict[str, Any], told: dict[str, Any]) -> list[str]:
+    if "error" in figures:
+        return [figures["error"][:80], *[""] * len(COLUMNS)]
+    pairs = told.get("second_turn_vs_anew")
+    ratio = "{median:.2f} ({least:.2f} - {greatest:.2f})".format(**pairs) if pairs else ""
+    return [*(form.format(figures[name]) if name in figures else "" for name, (_, form) in COLUMNS.items()), ratio]
