@@ -19,11 +19,15 @@ import pytest
 import torch
 import yaml
 
-from conftest import make_model, make_processor, make_sample, write_llava
+from conftest import make_model, make_processor, make_sample, picture, write_llava
 from mllm.data.collate import collate
 from mllm.data.packing import join
+from mllm.decoding.recorded import RecordedGreedy
+from mllm.generate import Assistant
 from mllm.train.losses import NextToken, model_inputs
-from mllm.types import Batch, Example
+from mllm.types import Batch, Example, Message
+from test_conversation import turns
+from test_generate import sharp
 
 pytestmark = [
     pytest.mark.gpu,
@@ -89,6 +93,21 @@ def test_uint8_pixels_are_normalised_on_the_device_as_on_the_cpu() -> None:
     on_device = encoder.to("cuda").normalised(pixels.to("cuda"))
     assert (on_device.device.type, on_device.dtype) == ("cuda", torch.float32)
     torch.testing.assert_close(on_device.cpu(), on_cpu, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("decoding", ["recorded", "compiled"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen2_sliding", "qwen3", "gemma2", "gemma3", "mistral"])
+def test_answers_from_recorded_kernels_are_the_ordinary_ones(family: str, decoding: Any) -> None:
+    attention = "eager" if family == "gemma2" else "sdpa"
+    model = sharp(make_model(family, attention)).to("cuda")
+    quick, ordinary = (Assistant(model, make_processor(), way) for way in (decoding, "ordinary"))
+    for talk in turns(picture(1), picture(2)):
+        answer = "".join(ordinary.stream(talk, 24))
+        assert "".join(quick.stream(talk, 24)) == answer
+        talk.messages.append(Message("assistant", [answer.strip()]))
+    assert isinstance(quick.greedy, RecordedGreedy)
+    assert quick.greedy.refused == ""
+    assert quick.greedy.prefilled == ordinary.greedy.prefilled
 
 
 ROOT = Path(__file__).parent.parent
