@@ -56,7 +56,7 @@ from mllm.train.route import deal, make_plan, num_steps
 from mllm.train.saving import durable
 from mllm.train.saving.preemption import to_the_end
 from mllm.train.stage_folder import FINISHED, needs_weights, save_stage
-from mllm.train.tuning import checkpointing
+from mllm.train.tuning import checkpointing, compiling
 from mllm.train.watchdog import RankStopped
 from mllm.train.watching import trackers
 
@@ -85,6 +85,7 @@ def start(config: RunConfig) -> Accelerator:
     )
     engine.confirm(accelerator)
     engine.check(accelerator, config.train, config.parts().quantisation)
+    compiling.check(accelerator, config.train, config.data, config.parts().quantisation)
     torch.manual_seed(config.train.seed)
     console(accelerator).print(dump_config(config), highlight=False, style="dim")
     # said, because a launcher may start one process where two were meant, without an error

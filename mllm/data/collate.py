@@ -1,8 +1,8 @@
 """Rows to the tensors of one micro-batch.
 
-Enters: rows of any length. Leaves: a `Batch` whose rows are padded to one length. The padding is inert: ignored
-labels and position 0 everywhere, so that each padded token is a sample of its own that nobody looks at. A batch
-without an image gets one blank image, because every rank must call the encoder in every micro-batch.
+Enters: rows of any length. Leaves: a `Batch` whose rows are padded to one length, the longest's or a given one. The
+padding is inert: ignored labels and position 0 everywhere, so that each padded token is a sample of its own that nobody
+looks at. A batch without an image gets one blank image, because every rank must call the encoder in every micro-batch.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ MULTIPLE = 8
 """Rows are as long as the longest, rounded up to this: what tensor cores like, and few distinct shapes."""
 
 
-def collate(rows: Sequence[Row], pixel_shape: tuple[int, int, int]) -> Batch:
-    """Stack rows: tokens [B, S] int64, images [max(N, 1), 3, H, W] in order of appearance."""
+def collate(rows: Sequence[Row], pixel_shape: tuple[int, int, int], length: int | None = None) -> Batch:
+    """Stack rows: tokens [B, S] int64, images [max(N, 1), 3, H, W] in order of appearance. S is `length`, where one is
+    given: what is compiled for one length need not be compiled again."""
     pixel_values = stack_pixels([row.pixel_values for row in rows], pixel_shape)
     row_images = [len(row.pixel_values) for row in rows]
     return Batch(
-        input_ids=stack([row.input_ids for row in rows], 0),
-        labels=stack([row.labels for row in rows], IGNORE_INDEX),
-        position_ids=stack([row.position_ids for row in rows], 0),
+        input_ids=stack([row.input_ids for row in rows], 0, length),
+        labels=stack([row.labels for row in rows], IGNORE_INDEX, length),
+        position_ids=stack([row.position_ids for row in rows], 0, length),
         pixel_values=pixel_values,
         num_images=sum(row_images),
         row_images=row_images,
@@ -57,8 +58,11 @@ def stack_instructions(instructions: Sequence[list[int]]) -> Tensor | None:
     return pad_sequence([torch.tensor(words or [-1]) for words in instructions], batch_first=True, padding_value=-1)
 
 
-def stack(tensors: list[Tensor], fill: int) -> Tensor:
-    """[T_i] each -> [B, S] with S the longest, rounded up; at least one token wide."""
+def stack(tensors: list[Tensor], fill: int, length: int | None = None) -> Tensor:
+    """[T_i] each -> [B, S] with S the longest, rounded up, or what is given; at least one token wide."""
     padded = pad_sequence(tensors, batch_first=True, padding_value=fill)
+    if length is not None:
+        assert padded.shape[1] <= length, f"a row of {padded.shape[1]} tokens where rows have {length}"
+        return torch.nn.functional.pad(padded, (0, length - padded.shape[1]), value=fill)
     missing = -padded.shape[1] % MULTIPLE if padded.shape[1] else MULTIPLE
     return torch.nn.functional.pad(padded, (0, missing), value=fill)

@@ -69,6 +69,7 @@ class HeldOutBatches(Dataset[Asked]):
 
     def __init__(self, index: Index, processor: Processor, data: DataConfig, share: Share) -> None:
         self.examples, self.shape = Examples(index, processor), processor.pixel_shape
+        self.row_length = share.row_length
         lengths = index.length.tolist()
         rows = pack(lengths, data.seq_length) if data.packing else [[number] for number in range(len(lengths))]
         rows += [[]] * (-len(rows) % (share.rows * share.world_size))
@@ -99,7 +100,8 @@ class HeldOutBatches(Dataset[Asked]):
 
     def __getitem__(self, rows: list[list[int]]) -> Asked:
         pairs = [[self.pair(number) for number in row] for row in rows]
-        batch = collate([join([example for example, _ in row], self.shape) for row in pairs], self.shape)
+        joined = [join([example for example, _ in row], self.shape) for row in pairs]
+        batch = collate(joined, self.shape, self.row_length)
         borrowed = [pixels for row in pairs for _, pixels in row]
         changed = [self.lender[number] is not None for row in rows for number in row]
         pixels = stack_pixels(borrowed, self.shape) if borrowed else batch["pixel_values"]

@@ -90,6 +90,8 @@ class Share:
     world_size: int
     rows: int
     """Rows of one micro-batch on this rank."""
+    row_length: int | None = None
+    """Tokens that every row is filled up to; those of the longest of its micro-batch, where it is not set."""
 
     def accumulation(self, rows_per_step: int) -> int:
         """Micro-batches of this rank in a step; a `ValueError` where they do not come out even."""
@@ -166,7 +168,8 @@ class PlannedBatches(Examples, Dataset[Batch]):
 
     def __getitem__(self, rows: list[list[int]]) -> Batch:
         shape = self.processor.pixel_shape
-        return collate([join([self.example(number) for number in row], shape) for row in rows], shape)
+        examples = [join([self.example(number) for number in row], shape) for row in rows]
+        return collate(examples, shape, self.share.row_length)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "plan": None}

@@ -14,6 +14,8 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
+from mllm.models.image_groups import filled_up
+
 GROUP = 8
 """Images that go through the encoder together, always as many: the last bits of features hang on how many there are. A
 run that was resumed meets its images in other company than the first time, and shall have the same losses."""
@@ -33,7 +35,7 @@ class FeatureCache:
         found = {key: self.kept[key] for key in keys if key in self.kept}
         for start in range(0, len(first), GROUP):
             group = dict(list(first.items())[start : start + GROUP])
-            for key, features in zip(group, encode(encoder, pixel_values[list(group.values())]), strict=True):
+            for key, features in zip(group, filled_up(encoder, pixel_values[list(group.values())], GROUP), strict=True):
                 found[key] = features
                 self.keep(key, features)
         return torch.stack([found[key].to(pixel_values.device) for key in keys])  # [N, P, Dv]
@@ -43,12 +45,6 @@ class FeatureCache:
         if size <= self.room:
             self.room -= size
             self.kept[key] = features.cpu().clone()
-
-
-def encode(encoder: nn.Module, images: Tensor) -> Tensor:
-    """[n, 3, H, W] -> [n, P, Dv] for up to `GROUP` images, with blank ones in the places that are left."""
-    blanks = images.new_zeros(GROUP - len(images), *images.shape[1:])
-    return encoder(torch.cat([images, blanks]))[: len(images)]  # type: ignore[no-any-return]
 
 
 def digest(image: Tensor) -> bytes:

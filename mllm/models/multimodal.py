@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from mllm.models.feature_cache import FeatureCache
 from mllm.models.fused_encoder import FusedEncoder
 from mllm.models.head import scaled
+from mllm.models.image_groups import in_groups
 from mllm.models.image_newline import ImageNewline
 from mllm.models.packed.boundaries import Boundaries
 from mllm.models.packed.choice import packed_mask
@@ -48,6 +49,9 @@ class MultimodalLM(nn.Module):
         self.image_token_id = image_token_id
         self.feature_cache: FeatureCache | None = None
         """Where features of a frozen encoder are kept, if the run wants it; only training sets it."""
+        self.encoder_batch: int | None = None
+        """Images that go through the encoder at a time, with blank ones where there are fewer; None takes them as they
+        come. Only training sets it."""
 
     def forward(
         self,
@@ -60,7 +64,7 @@ class MultimodalLM(nn.Module):
         samples: Boundaries | None = None,
         image_sizes: Sequence[tuple[int, int]] | None = None,
     ) -> Tensor:
-        """[B, S], [B, S], [max(N, 1), 3, H, W], [N, words] -> hidden states [B, S, D].
+        """[B, S], [B, S], [max(N, 1), 3, H, W] or features [max(N, 1), P, Dv], [N, words] -> hidden states [B, S, D].
 
         What the host knows already, a device need not be asked: the places of the placeholders in all rows, `slots`
         [T], and the boundaries of the samples.
@@ -98,9 +102,14 @@ class MultimodalLM(nn.Module):
         return self.connector(features, words.to(features.dtype), instruction_ids >= 0)  # [N, V, D]
 
     def features(self, pixel_values: Tensor) -> Tensor:
-        """[N, 3, H, W] -> patch features [N, P, Dv], from the encoder or as it once gave them."""
+        """[N, 3, H, W] -> patch features [N, P, Dv], from the encoder or as it once gave them. What has three
+        dimensions is features already."""
+        if pixel_values.ndim == 3:
+            return pixel_values
         if self.feature_cache:
             return self.feature_cache(self.vision_encoder, pixel_values)
+        if self.encoder_batch:
+            return in_groups(self.vision_encoder, pixel_values, self.encoder_batch)
         return self.vision_encoder(pixel_values)
 
     def embed(self, input_ids: Tensor, visual_tokens: Tensor, num_images: int, slots: Tensor | None = None) -> Tensor:

@@ -71,7 +71,8 @@ class HeldOut:
         self.accelerator, self.say, self.beat, self.last_step = accelerator, say, beat, last_step
         self.every, self.num_workers = train.eval_every or last_step, data.num_workers
         self.warmed_up = train.warmup * last_step
-        share = Share(accelerator.process_index, accelerator.num_processes, train.rows_per_micro_batch)
+        length = data.seq_length if train.compile else None
+        share = Share(accelerator.process_index, accelerator.num_processes, train.rows_per_micro_batch, length)
         self.batches = HeldOutBatches(index, processor, data, share) if index else None
 
     def at(self, step: int, objective: nn.Module, model: MultimodalLM) -> dict[str, dict[str, float]]:

@@ -1,19 +1,25 @@
-"""What the forward pass of a micro-batch takes, on the device, with all that a device would have to be asked for.
+"""What the forward passes of a step take, on the device, with all that a device would have to be asked for.
 
-Enters: a micro-batch on the host. Leaves: its tensors on the device, the places of its placeholders and of its
-supervised tokens, and where its samples begin. Each of these is a search for what is not zero: on the host it costs
-microseconds, on a device the host would wait for all work that is still to be done there.
+Enters: the micro-batches of a step, on the host. Leaves: for one after the other its tensors on the device, the places
+of its placeholders and of its supervised tokens, and where its samples begin. Each of these is a search for what is not
+zero: on the host it costs microseconds, on a device the host would wait for all work that is still to be done there.
 
-K supervised tokens, N images, V visual tokens an image, M samples of the micro-batch.
+While a micro-batch is computed the next one is copied, on a stream of its own. Where the encoder is frozen and takes
+its images in groups (`models/image_groups.py`), their features come in the place of pixels.
+
+K supervised tokens, N images, P patches, Dv width of the features, V visual tokens an image, M samples.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from mllm.models.image_groups import StepImages
 from mllm.models.multimodal import MultimodalLM
 from mllm.models.packed.boundaries import Boundaries, boundaries
 from mllm.models.packed.choice import reads_boundaries
@@ -21,9 +27,66 @@ from mllm.models.splice import slot_numbers
 from mllm.train.losses import Reduction, Supervision, model_inputs, supervision
 from mllm.types import Batch
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
-def step_inputs(batch: Batch, device: torch.device, model: MultimodalLM, reduction: Reduction) -> dict[str, Any]:
-    """All arguments of `NextToken.forward`. Nothing waits for the device."""
+
+class StepInputs:
+    """The micro-batches of one step, each asked for once, in their order."""
+
+    def __init__(
+        self, accelerator: Accelerator, model: MultimodalLM, parts: Sequence[Batch], reduction: Reduction
+    ) -> None:
+        self.accelerator, self.model, self.parts, self.reduction = accelerator, model, parts, reduction
+        self.images = step_images(accelerator.device, model, parts)
+        self.stream = copy_stream(accelerator.device)
+        self.sent: dict[str, Any] = {}
+        self.asked = 0
+
+    def next(self) -> dict[str, Any]:
+        """All arguments of `NextToken.forward`; the host waits for nothing."""
+        if not self.asked:
+            self.send()
+        inputs, batch = self.sent, self.parts[self.asked]
+        if self.stream:
+            torch.cuda.current_stream().wait_stream(self.stream)
+            keep(inputs)
+        if self.images:
+            with self.accelerator.autocast():
+                inputs["pixel_values"] = self.features(batch["num_images"])
+        self.asked += 1
+        self.send()
+        return inputs
+
+    def send(self) -> None:
+        """Begin the copy of the one that is next."""
+        if self.asked < len(self.parts):
+            batch, device = self.parts[self.asked], self.accelerator.device
+            with torch.cuda.stream(self.stream) if self.stream else nullcontext():
+                self.sent = inputs_of(batch, device, self.model, self.reduction, pixels=self.images is None)
+
+    def features(self, images: int) -> Tensor:
+        """[max(N, 1), P, Dv]; any will do where there is no image, since they count nothing."""
+        assert self.images
+        if images:
+            return self.images.take(images)
+        encoder = self.model.vision_encoder
+        return torch.zeros(1, encoder.num_patches, encoder.width, device=self.accelerator.device)
+
+
+def step_images(device: torch.device, model: MultimodalLM, parts: Sequence[Batch]) -> StepImages | None:
+    """Where features can be made before the forward pass that reads them: of a frozen encoder, in groups."""
+    trains = any(parameter.requires_grad for parameter in model.vision_encoder.parameters())
+    if not model.encoder_batch or model.feature_cache or trains:
+        return None
+    pixels = [batch["pixel_values"] for batch in parts if batch["num_images"]]
+    return StepImages(model.vision_encoder, pixels, model.encoder_batch, lambda tensor: sent(tensor, device))
+
+
+def inputs_of(
+    batch: Batch, device: torch.device, model: MultimodalLM, reduction: Reduction, pixels: bool = True
+) -> dict[str, Any]:
+    """Those of one micro-batch, with or without its pixels."""
     known: dict[str, Any] = {
         "slots": slot_numbers(batch["input_ids"] == model.image_token_id),  # [N * V]
         "chosen": supervision(batch["labels"], batch["position_ids"], reduction),  # [K]
@@ -31,7 +94,8 @@ def step_inputs(batch: Batch, device: torch.device, model: MultimodalLM, reducti
     }
     if device.type == "cuda" and reads_boundaries(model.llm):
         known["samples"] = boundaries(batch["position_ids"])  # [M + 1]
-    return {**model_inputs(batch, device), **{name: sent(value, device) for name, value in known.items()}}
+    given = batch if pixels else Batch({**batch, "pixel_values": torch.empty(0)})  # type: ignore[typeddict-item]
+    return {**model_inputs(given, device), **{name: sent(value, device) for name, value in known.items()}}
 
 
 def sent(value: Any, device: torch.device) -> Any:
@@ -42,3 +106,16 @@ def sent(value: Any, device: torch.device) -> Any:
     if isinstance(value, Boundaries | Supervision):
         return type(value)(*(sent(part, device) for part in value))
     return value
+
+
+def copy_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """One of torch's pool, beside that which computes."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
+def keep(value: Any) -> None:
+    """What was made on the copying stream is used on the computing one: its memory is not given away before."""
+    if isinstance(value, Tensor):
+        value.record_stream(torch.cuda.current_stream())
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else ():
+        keep(part)

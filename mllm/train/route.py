@@ -53,7 +53,8 @@ def deal(
     train: TrainConfig,
 ) -> PlannedBatches | StreamedBatches:
     """This rank's micro-batches of the plan; a `ValueError` where the rows of a step cannot be dealt to the ranks."""
-    share = Share(accelerator.process_index, accelerator.num_processes, train.rows_per_micro_batch)
+    length = plan.seq_length if train.compile else None
+    share = Share(accelerator.process_index, accelerator.num_processes, train.rows_per_micro_batch, length)
     if isinstance(plan, StreamPlan):
         return StreamedBatches(plan, processor, share)
     assert isinstance(index, Index)

@@ -25,7 +25,7 @@ from mllm.train import engine
 from mllm.train.engines import zero
 from mllm.train.guard import Guard
 from mllm.train.halving import LEVERS, Room
-from mllm.train.inputs import step_inputs
+from mllm.train.inputs import StepInputs
 from mllm.train.losses import NextToken, Reduction, weight_sum
 from mllm.train.sums import Sums, global_sums
 from mllm.types import Batch
@@ -121,6 +121,7 @@ class Attempt:
         """
         self.found: list[tuple[Batch, torch.Tensor, torch.Tensor]] = []
         self.rows_too_many = 0
+        self.inputs = StepInputs(self.accelerator, self.model, parts, self.reduction)
         apart = self.is_alone or (self.is_ddp and untried)
         self.compute(parts if apart else parts[:-1])
         last = None
@@ -148,8 +149,7 @@ class Attempt:
         """The weighted sum of one micro-batch; None where memory ran out. An error names whose it is."""
         self.beat("forward", batch)
         try:
-            inputs = step_inputs(batch, self.accelerator.device, self.model, self.reduction)
-            loss, losses = self.objective(**inputs, each=True, upstream=self.scale)
+            loss, losses = self.objective(**self.inputs.next(), each=True, upstream=self.scale)
             self.found.append((batch, loss.detach(), losses))
             return loss
         except torch.OutOfMemoryError as error:

@@ -132,7 +132,8 @@ class StreamedBatches(Dataset[Batch]):
 
     def __getitem__(self, rows: list[list[Item]]) -> Batch:
         shape = self.processor.pixel_shape
-        return collate([join([self.example(item) for item in row], shape) for row in rows], shape)
+        examples = [join([self.example(item) for item in row], shape) for row in rows]
+        return collate(examples, shape, self.share.row_length)
 
     def example(self, item: Item) -> Example:
         """One sample, or a hole of its length if an image cannot be opened."""
