@@ -38,15 +38,20 @@ def write(model: str, folder: Path, dtype: Dtype, check_with: list[str]) -> Expo
     if not source.is_dir():
         raise ValueError(f"{model} has no adapter (no {source.name}/): --to merged or transformers exports it whole")
     chosen, left_out = environments.choose(check_with)
-    base = load(model, with_adapter=False)
+    base = load(model, "left out")
     kind = getattr(torch, base.parts.dtype if dtype == "auto" else dtype)
     home = write_files(base, folder / BASE, kind)
     write_adapter(source, folder, base)
     del base
     gc.collect()
-    whole = load(model, rounded_to=kind)  # the weights below the adapter are rounded, the adapter itself is not
+    whole = load(model, "beside", rounded_to=kind)  # as peft has it, since merging rounds otherwise
     proofs = prove(whole, folder, chosen, torch.float32)
-    return Exported(folder, "adapter", exported_as(home), home.why, tuple(proofs), notes(home, left_out))
+    dora = ("vLLM takes no DoRA adapters: --to transformers merges it",) if is_dora(source) else ()
+    return Exported(folder, "adapter", exported_as(home), home.why, tuple(proofs), (*notes(home, left_out), *dora))
+
+
+def is_dora(source: Path) -> bool:
+    return bool(json.loads((source / "adapter_config.json").read_text()).get("use_dora"))
 
 
 def write_adapter(source: Path, folder: Path, base: Trained) -> None:

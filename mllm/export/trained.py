@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from mllm.models.multimodal import MultimodalLM
 from mllm.models.quantised import dequantise, is_quantised
 from mllm.models.vision_encoder import VisionEncoder
 from mllm.train.stage_folder import load_stage
-from mllm.train.tuning.adapters import is_adapted, merge_lora
+from mllm.train.tuning.adapters import is_adapted, merge_adapter
 
 
 @dataclass
@@ -65,10 +65,13 @@ class Trained:
         return whole
 
 
-def load(name: str, with_adapter: bool = True, rounded_to: torch.dtype | None = None) -> Trained:
-    """Read a stage and merge its adapters; without the LLM's adapter if it is not wanted.
+def load(
+    name: str, adapter: Literal["merged", "beside", "left out"] = "merged", rounded_to: torch.dtype | None = None
+) -> Trained:
+    """Read a stage and merge its adapters; the LLM's may stay beside its weights (of four bits it does not), or be left
+    out.
 
-    `rounded_to` rounds the weights below an adapter before it is merged.
+    `rounded_to` rounds the weights below an adapter, not the adapter.
 
     Raises:
         ValueError: there is no such stage, or its weights were drawn at random.
@@ -80,9 +83,11 @@ def load(name: str, with_adapter: bool = True, rounded_to: torch.dtype | None = 
     load_stage(model, folder)
     if rounded_to:
         round_weights(model, rounded_to)
-    if not with_adapter and is_adapted(model.llm):
+    if adapter == "left out" and is_adapted(model.llm):
         model.llm = model.llm.unload()
-    merge_lora(model)
+    merge_adapter(model, "vision_encoder")
+    if adapter != "beside" or is_quantised(model.llm):
+        merge_adapter(model, "llm")
     if is_quantised(model.llm):
         dequantise(model.llm)
         model.llm.differs_from_hub = True

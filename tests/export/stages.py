@@ -109,21 +109,23 @@ def make_parts(
 def make_stage(
     folder: Path,
     connector: Any = None,
-    lora: bool = False,
+    lora: bool | Lora = False,
     image_fit: str = "native",
     data: DataConfig | None = None,
+    out: Path | None = None,
     **model: Any,
 ) -> Path:
     """A finished stage of the parts that lie in `folder`; its connector and adapter are random, as if trained."""
     named = {"vision_encoder": str(folder / "encoder"), "llm": str(folder / "llm"), **model}
     parts = ModelConfig(**{"connector": connector or MLPConnector(), **named})  # type: ignore[arg-type]
-    out = folder / "stage"
+    out = out or folder / "stage"
     processor = Processor.from_hub(parts.llm, parts.encoders()[0], visual_tokens_per_image(parts), image_fit)
     data = data or DataConfig()
     processor = replace(processor, tiles=data.tiles, max_tiles=data.max_tiles)
     torch.manual_seed(3)
     built = build_model(parts, processor.image_token_id)
-    rates, adapter = LearningRates(connector=1e-3, llm=1e-3 if lora else None), Lora(rank=4, alpha=8) if lora else None
+    adapter = (Lora(rank=4, alpha=8) if lora is True else lora) or None
+    rates = LearningRates(connector=1e-3, llm=1e-3 if adapter else None)
     choose_trainable(built, rates, adapter)
     with torch.no_grad():
         for parameter in built.parameters():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,14 @@ from safetensors.torch import load_file
 
 from mllm import cli
 from mllm.config import load_config
-from mllm.export import export
+from mllm.export import environments, export
+from mllm.export.environments import HERE, Environment
 from mllm.generate import Assistant
+from mllm.train.tuning.adapters import Lora
 from stages import make_parts, make_stage
+
+OLD = os.environ.get("MLLM_TRANSFORMERS_4_57", "/nowhere")
+"""A folder of packages with transformers 4.57, as for `test_transformers.py`."""
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +45,21 @@ def test_merged_stage_in_bfloat16_says_so_in_its_config(stage: Path, tmp_path: P
     assert kinds == {"torch.bfloat16"}
 
 
+KINDS = {"lora": Lora(rank=4, alpha=8), "dora": Lora(rank=4, dora=True), "rslora": Lora(rank=4, rslora=True)}
+
+
 @pytest.mark.long
-def test_adapter_on_its_base_is_the_trained_model_in_a_fresh_process(stage: Path, tmp_path: Path) -> None:
-    exported = export(str(stage), tmp_path / "out", "adapter", "bfloat16")
-    assert [proof.faults for proof in exported.proofs] == [()]
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapter_on_its_base_is_the_trained_model_in_fresh_processes(
+    stage: Path, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under transformers 4.57 too, where `make test-export` has it."""
+    chosen = [HERE, *([Environment("transformers 4.57", sys.executable, (OLD,))] if Path(OLD).is_dir() else [])]
+    monkeypatch.setattr(environments, "choose", lambda _named: (chosen, ""))
+    trained = make_stage(stage.parent, lora=KINDS[kind], out=tmp_path / "stage")
+    exported = export(str(trained), tmp_path / "out", "adapter", "bfloat16")
+    assert [proof.faults for proof in exported.proofs] == [()] * len(chosen)
+    assert any("no DoRA" in note for note in exported.notes) == (kind == "dora")
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["modules_to_save"] is None
     assert config["target_modules"].startswith(r".*language_model\.")
