@@ -3,6 +3,7 @@
     python recipes/benchmark.py data --json OUT.json
     python recipes/benchmark.py train --json OUT.json
     python recipes/benchmark.py chat --json OUT.json
+    python recipes/benchmark.py peers --json OUT.json
 
 Enters: nothing; the data is drawn. Leaves: a table on the screen and, in `--json`, the numbers with the machine.
 """
@@ -134,6 +135,30 @@ def chat(
     finish(console, [chat_table(found)], found, json_path)
 
 
+def peers(json_path: Annotated[Path | None, tyro.conf.arg(name="json")] = None, steps: int = 26) -> None:
+    """One tiny Llava, the same samples: a bare PyTorch loop, transformers' Trainer and TRL's SFTTrainer beside ours.
+
+    On a CPU, a thread each, in turn step by step. TRL is measured where it is installed.
+
+    Args:
+        json_path: File to write the numbers to.
+        steps: Optimiser steps that are timed.
+    """
+    if steps < 1:
+        sys.exit(f"--steps is {steps}: give a positive number")
+    quiet_libraries()
+    from benchmarks.peers import disagreement, measure
+    from benchmarks.peers_report import facts_table, peers_table
+
+    with Console(stderr=True).status("starting") as status:
+        found = measure(steps, status.update)
+    found["machine"] = machine()
+    tables = [peers_table(found), facts_table(found)]
+    finish(Console(width=None if sys.stdout.isatty() else 160), tables, found, json_path)
+    if wrong := disagreement(found):
+        sys.exit(wrong)
+
+
 def write(json_path: Path | None, found: dict[str, Any]) -> None:
     """What is known so far, with the machine."""
     if json_path:
@@ -151,5 +176,5 @@ def finish(console: Console, tables: list[Table], found: dict[str, Any], json_pa
 
 if __name__ == "__main__":
     tyro.extras.subcommand_cli_from_dict(
-        {"data": data, "train": train, "chat": chat}, description=(__doc__ or "").splitlines()[0]
+        {"data": data, "train": train, "chat": chat, "peers": peers}, description=(__doc__ or "").splitlines()[0]
     )

@@ -20,12 +20,13 @@ if __name__ == "__main__":
 from rich.table import Table
 from rich.text import Text
 
+from benchmarks.peers_report import facts_table, peers_table
 from benchmarks.training_report import rate_table, ratio_table, room_table
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[2] / "BENCHMARKS.md"
 BLOCK = r"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-LIBRARIES = ("torch", "transformers", "triton", "accelerate", "peft")
+LIBRARIES = ("torch", "transformers", "trl", "triton", "accelerate", "peft")
 
 
 def filled(page: str, results: dict[str, dict[str, Any]]) -> str:
@@ -52,6 +53,8 @@ def shown(found: dict[str, Any]) -> list[Table]:
         from benchmarks.chat_report import chat_table  # imports image processors
 
         return [chat_table(found)]
+    if subject == "peers":
+        return [peers_table(found), facts_table(found)]
     return [rate_table(found), room_table(found)] if "rows" in found else [ratio_table(found)]
 
 

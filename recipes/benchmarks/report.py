@@ -19,7 +19,7 @@ from rich.table import Table
 
 TARGETS = {"loader_vs_plain": 0.95, "loader_vs_webdataset": 1.0, "packer_samples_per_s": 50_000, "fill": 0.995}
 """What the data engine promises, at least."""
-LIBRARIES = ("torch", "pillow", "numpy", "tokenizers", "transformers", "accelerate", "peft", "webdataset")
+LIBRARIES = ("torch", "pillow", "numpy", "tokenizers", "transformers", "accelerate", "peft", "trl", "webdataset")
 LOADING = (
     ("loader", "loader_vs_plain", "loader", "plain loop"),
     ("loader, tars", "loader_vs_webdataset", "loader on tars", "webdataset"),
