@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerFast, SiglipImageProcessor
 from benchmarks.drawn import CHATML, SPECIAL
 from benchmarks.sizes import ENCODERS, draw_model
 from mllm.data.processor import Processor
+from mllm.decoding.recorded import RecordedGreedy
 from mllm.generate import Assistant
 from mllm.models.multimodal import MultimodalLM
 from mllm.types import Mark, Message, Sample
@@ -35,7 +36,10 @@ TARGETS = {
     "7B": {"tokens_per_s": 150.0, "first_token_ms": 60.0, "second_turn_ms": 15.0},
 }
 """At least so many tokens, at most so many milliseconds, on an H200."""
-WAYS = ("generate", "ordinary", "recorded", "compiled")
+WAYS = ("compiled", "recorded", "ordinary", "generate")
+"""Those first that matter most: a run may be cut off."""
+SLOW = ("ordinary", "generate")
+"""Timed with a quarter of the tokens on a device, where they are beside the point."""
 QUESTIONS = ("What is shown?", "And why?")
 """A token a letter: with the template about 35 and 30 tokens, as longer questions have with a tokenizer of words."""
 PICTURE = (640, 480)
@@ -64,10 +68,12 @@ def measure(sizes: dict[str, str], tokens: int, repeats: int, keep: Callable, ti
         processor = make_processor(encoder)
         model = draw_model(llm, encoder, device, dtype, image_token_id=processor.image_token_id).eval()
         found[llm] = {"ways": {}}
-        for way in WAYS if device.type == "cuda" else WAYS[:2]:
+        for way in WAYS if device.type == "cuda" else SLOW:
             tick(f"{llm}, {way}")
+            shorter = device.type == "cuda" and way in SLOW
             try:
-                found[llm]["ways"][way] = talk(model, processor, way, tokens, repeats)
+                told = talk(model, processor, way, max(5, tokens // 4) if shorter else tokens, repeats)
+                found[llm]["ways"][way] = told
             except Exception as error:  # out of memory, say: the rest goes on
                 found[llm]["ways"][way] = {"error": f"{type(error).__name__}: {error}"[:500]}
             keep(found)
@@ -99,7 +105,19 @@ def talk(model: MultimodalLM, processor: Processor, way: str, tokens: int, repea
         found["refused"] = refused
     if model.llm.device.type == "cuda":
         found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        found["kernels"] = kernels(assistant)
     return found
+
+
+def kernels(assistant: Assistant) -> list[tuple[str, int, float]]:
+    """Of a recorded token: name, number and microseconds of the kernels that take longest."""
+    if not isinstance(assistant.greedy, RecordedGreedy) or 1 not in assistant.greedy.recordings:
+        return []
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        assistant.greedy.recordings[1].replay()
+        torch.cuda.synchronize()
+    events = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)
+    return [(event.key[:80], event.count, event.self_device_time_total) for event in events[:16]]
 
 
 def turns(assistant: Assistant, way: str, shown: Image.Image, tokens: int) -> dict[str, float]:
