@@ -81,7 +81,7 @@ def picture(path: Path, size: tuple[int, int]) -> str:
 
 
 @torch.inference_mode()
-def write_reference(trained: Trained, folder: Path, dtype: torch.dtype) -> None:
+def write_reference(trained: Trained, folder: Path, dtype: torch.dtype, new_tokens: int = NEW_TOKENS) -> None:
     """What our own model says, with weights rounded as the exported ones are."""
     round_weights(trained.model, dtype)
     assistant = Assistant(trained.model, trained.processor)
@@ -96,8 +96,8 @@ def write_reference(trained: Trained, folder: Path, dtype: torch.dtype) -> None:
             {
                 "messages": as_parts(sample),
                 "input_ids": prompt.input_ids,
-                "answer": assistant.answer([sample], NEW_TOKENS)[0],
-                "max_new_tokens": NEW_TOKENS,
+                "answer": assistant.answer([sample], new_tokens)[0],
+                "max_new_tokens": new_tokens,
             }
         )
     save_file(tensors, str(folder / "reference.safetensors"))

@@ -3,35 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import (
-    AutoImageProcessor,
-    AutoModel,
-    BitImageProcessor,
-    Dinov2Config,
-    Dinov2Model,
-    Dinov2WithRegistersConfig,
-    Dinov2WithRegistersModel,
-    DINOv3ViTConfig,
-    DINOv3ViTModel,
-    Siglip2Config,
-    Siglip2ImageProcessor,
-    Siglip2Model,
-    SiglipConfig,
-    SiglipImageProcessor,
-    SiglipModel,
-    ViTConfig,
-    ViTImageProcessor,
-    ViTModel,
-)
+from transformers import AutoImageProcessor, AutoModel
 
-from conftest import make_clip, make_image_processor, make_sample, picture
+from conftest import make_sample, picture
 from mllm.config import validate
 from mllm.data.processor import Processor
 from mllm.generate import Assistant
@@ -44,57 +24,9 @@ from mllm.train.stage_folder import load_stage, save_stage
 from mllm.train.trainable import LearningRates, choose_trainable
 from mllm.train.tuning.adapters import Lora
 from mllm.types import Normalisation, Sample
+from models.encoder_families import DEPTH, IMAGE_PROCESSORS, IMAGENET, MODELS, PREFIX, SIDE, WIDTH, save_encoder
 
-WIDTH, DEPTH = 24, 4
-HALF = {"hidden_size": WIDTH, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": DEPTH}
-TEXT = {**HALF, "num_hidden_layers": 1, "vocab_size": 64, "max_position_embeddings": 16}
-PLAIN = {"hidden_size": WIDTH, "num_attention_heads": 2, "num_hidden_layers": DEPTH, "patch_size": 14}
-PREFIX = {"clip": 1, "siglip": 0, "naflex": 0, "vit": 1, "dinov2": 1, "dinov2_registers": 1 + 4, "dinov3": 1 + 4}
-SIDE = {"clip": 28, "siglip": 42, "naflex": 28, "vit": 28, "dinov2": 28, "dinov2_registers": 28, "dinov3": 42}
-IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 each = pytest.mark.parametrize("family", PREFIX)
-
-
-def square(side: int) -> dict[str, int]:
-    return {"height": side, "width": side}
-
-
-def crop(side: int) -> BitImageProcessor:
-    """As DINOv2's checkpoints have it: their configs say another size."""
-    return BitImageProcessor(size={"shortest_edge": side + 4}, crop_size=square(side), **IMAGENET)
-
-
-MODELS: dict[str, Callable[[], torch.nn.Module]] = {
-    "clip": make_clip,
-    "siglip": lambda: SiglipModel(
-        SiglipConfig(text_config=TEXT, vision_config={**HALF, "image_size": 42, "patch_size": 14})
-    ),
-    "naflex": lambda: Siglip2Model(
-        Siglip2Config(text_config=TEXT, vision_config={**HALF, "num_patches": 9, "patch_size": 14})
-    ),
-    "vit": lambda: ViTModel(ViTConfig(**HALF, image_size=28, patch_size=14)),
-    "dinov2": lambda: Dinov2Model(Dinov2Config(**PLAIN, image_size=70)),
-    "dinov2_registers": lambda: Dinov2WithRegistersModel(
-        Dinov2WithRegistersConfig(**PLAIN, image_size=70, num_register_tokens=4)
-    ),
-    "dinov3": lambda: DINOv3ViTModel(
-        DINOv3ViTConfig(**HALF, image_size=28, patch_size=14, num_register_tokens=4, layerscale_value=0.5)
-    ),
-}
-IMAGE_PROCESSORS = {
-    "clip": make_image_processor,
-    "siglip": lambda: SiglipImageProcessor(size=square(42)),
-    "naflex": lambda: Siglip2ImageProcessor(patch_size=14, max_num_patches=4),
-    "vit": lambda: ViTImageProcessor(size=square(28)),
-    "dinov2": lambda: crop(28),
-    "dinov2_registers": lambda: crop(28),
-}
-DINOV3 = {
-    "image_processor_type": "DINOv3ViTImageProcessorFast",
-    **{"do_resize": True, "size": square(42), "resample": 2, "do_center_crop": None, "crop_size": None},
-    **{"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, **IMAGENET},
-}
-"""As the Hub has it: the class behind that name needs torchvision."""
 
 
 @pytest.fixture(scope="module")
@@ -103,10 +35,7 @@ def encoders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("encoders")
     for number, (family, make) in enumerate(MODELS.items()):
         torch.manual_seed(number)
-        make().save_pretrained(folder / family)
-    for family, make_processor_of in IMAGE_PROCESSORS.items():
-        make_processor_of().save_pretrained(folder / family)
-    (folder / "dinov3" / "preprocessor_config.json").write_text(json.dumps(DINOV3))
+        save_encoder(make(), family, folder / family)
     return folder
 
 
