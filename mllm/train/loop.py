@@ -43,7 +43,7 @@ from mllm.train.schedule import rate_factor, rates, set_rates
 from mllm.train.settings import TrainConfig
 from mllm.train.step import optimise
 from mllm.train.trainable import parameter_groups, set_mode
-from mllm.train.tuning import checkpointing, compiling, fp8
+from mllm.train.tuning import checkpointing, compiling, fast_lora, fp8
 from mllm.train.watchdog import Watchdog
 from mllm.train.watching.clock import make_clock
 
@@ -71,6 +71,7 @@ def fit(
     clock = make_clock(model, accelerator.device, train.mixed_precision == "bf16")
     checkpointing.switch_on(model, train.gradient_checkpointing)
     fp8.switch_on(accelerator, model, train)
+    fast_lora.switch_on(accelerator, model, train.mixed_precision)
     compiling.switch_on(accelerator, model, train, data)
     set_mode(model)
     model.feature_cache = make_cache(train)

@@ -148,7 +148,7 @@ def product(states: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         ).to(states.dtype)
     else:
         out = ((rows.float() @ weight.float().t()) * row_scale * scale.t()).to(states.dtype)
-    return out.view(*states.shape[:-1], len(weight))  # [..., N]
+    return out if states.ndim == 2 else out.view(*states.shape[:-1], len(weight))  # [..., N]
 
 
 def quantise(matrix: Tensor) -> tuple[Tensor, Tensor]:
