@@ -56,7 +56,7 @@ from mllm.train.route import deal, make_plan, num_steps
 from mllm.train.saving import durable
 from mllm.train.saving.preemption import to_the_end
 from mllm.train.stage_folder import FINISHED, needs_weights, save_stage
-from mllm.train.tuning import checkpointing, compiling
+from mllm.train.tuning import checkpointing, compiling, fp8
 from mllm.train.watchdog import RankStopped
 from mllm.train.watching import trackers
 
@@ -183,6 +183,7 @@ def check_run(
 ) -> None:
     """Tell the run before its first step; stop it where data or labels are wrong."""
     check_attention(config.parts().attention, model.llm, accelerator.device)
+    fp8.check(accelerator, model, config.train)
     if config.data.packing:
         check_isolation(model.llm)
     if config.data.packing or config.train.rows_per_micro_batch > 1:

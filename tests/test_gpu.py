@@ -77,6 +77,42 @@ def test_entropy_kernel_gives_the_losses_and_the_gradient_of_torchs_own(dtype: t
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=1e-7)
 
 
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="no 8-bit floats")
+def test_eight_bit_product_is_that_of_the_dequantised_matrices_and_of_a_cpu() -> None:
+    from mllm.train.kernels.rows_to_fp8 import rows_to_fp8
+    from mllm.train.tuning.fp8 import product, quantise
+
+    torch.manual_seed(0)
+    states, weight = (
+        torch.randn(3, 50, 1040, device="cuda").bfloat16(),
+        torch.randn(160, 1040, device="cuda").bfloat16(),
+    )
+    eight, scale = rows_to_fp8(weight)
+    on_cpu, scale_there = quantise(weight.cpu())
+    torch.testing.assert_close(scale.cpu(), scale_there, rtol=1e-6, atol=0)
+    assert (eight.cpu().float() == on_cpu.float()).float().mean() > 0.999  # but for ties at the last bit of the scale
+    rows, row_scale = rows_to_fp8(states.view(-1, 1040))
+    expected = (rows.float() * row_scale) @ (eight.float() * scale).t()
+    found = product(states, eight, scale)
+    assert (found.shape, found.dtype) == ((3, 50, 160), torch.bfloat16)
+    assert (found.view(-1, 160).float() - expected).norm() < 1e-2 * expected.norm()
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="no 8-bit floats")
+def test_gradient_through_eight_bit_layers_has_the_direction_of_the_full_one() -> None:
+    from mllm.train.tuning.fp8 import convert
+
+    processor, found = make_processor(), []
+    batch = batch_of([[processor(make_sample(i)) for i in range(4)]])
+    for eight in (False, True):
+        model = make_model().to("cuda", torch.bfloat16)
+        model.llm.requires_grad_(False)
+        assert not eight or convert(model) == 14
+        found.append(loss_and_gradient(model, [batch]))
+    assert found[1][0] == pytest.approx(found[0][0], rel=5e-3)
+    assert torch.nn.functional.cosine_similarity(found[0][1], found[1][1], dim=0) > 0.99
+
+
 def test_float32_loss_on_the_device_equals_the_loss_on_the_cpu() -> None:
     processor, model = make_processor(), make_model()
     batch = batch_of([[processor(make_sample(i)) for i in range(4)]])

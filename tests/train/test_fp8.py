@@ -15,10 +15,12 @@ from conftest import make_model, make_processor, make_sample, write_llava
 from mllm.data.collate import collate
 from mllm.data.packing import join
 from mllm.models.multimodal import MultimodalLM
+from mllm.train.forecasting.memory import predict
+from mllm.train.forecasting.shadow import Setup, Shape
 from mllm.train.losses import NextToken, model_inputs
 from mllm.train.trainable import LearningRates, Lora, choose_trainable
 from mllm.train.tuning import fp8
-from mllm.train.tuning.fp8 import FrozenFp8Linear, convert, product, quantise
+from mllm.train.tuning.fp8 import FrozenFp8Linear, bytes_of_copies, chosen, convert, product, quantise
 from runs import metrics, run, settings
 
 
@@ -96,6 +98,17 @@ def test_frozen_layers_of_the_llm_are_converted_and_nothing_else(lora: Lora | No
     assert weights.keys() == dict(model.named_parameters()).keys() == weights.keys()
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
     assert {name for name, _ in model.named_buffers()} == {name for name, _ in aligned(lora).named_buffers()}
+
+
+def test_both_copies_are_foreseen() -> None:
+    model = aligned()
+    found, foreseen = chosen(model), bytes_of_copies(model)
+    shape = Shape(rows=1, length=64, images=2, supervised=9)
+    plain, eight = (predict(model, shape, Setup(fp8=on)).parts["weights"] for on in (False, True))
+    assert eight - plain == foreseen
+    convert(model)
+    held = [tensor for layer in found for pair in (layer.forwards, layer.backwards) for tensor in pair]
+    assert sum(tensor.nbytes for tensor in held) == foreseen
 
 
 def test_what_is_asked_without_a_gradient_comes_from_the_weights_as_they_are() -> None:

@@ -165,6 +165,7 @@ def setup_of(accelerator: Accelerator, train: TrainConfig) -> Setup:
         accumulation=max(1, train.rows_per_step // (ranks * train.rows_per_micro_batch)),
         mixed_precision=train.mixed_precision,
         optimizer=train.optimizer,
+        fp8=train.fp8,
     )
 
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from mllm.models.multimodal import MultimodalLM
 from mllm.train.forecasting.shadow import Setup, Shape, batch_without_data, held_as, size, trace
+from mllm.train.tuning import fp8
 
 STANDING = ("weights", "gathered weights", "moments", "buckets", "batches", "feature cache")
 PARTS = (*STANDING, "gradients", "encoder", "activations", "logits and loss", "temporaries")
@@ -67,7 +68,7 @@ def batch_bytes(model: MultimodalLM, shape: Shape, setup: Setup) -> int:
 def stand(model: MultimodalLM, setup: Setup) -> Counter[str]:
     """What lies there through the whole step: weights, moments, buckets."""
     ranks, trained = setup.ranks, trained_bytes(model)
-    weights = weight_bytes(model, setup)
+    weights = weight_bytes(model, setup) + (fp8.bytes_of_copies(model) if setup.fp8 else 0)
     buffers = sum(map(size, model.buffers()))
     moments = moment_bytes(model, setup.optimizer)
     if not setup.stage:

@@ -54,6 +54,8 @@ class Setup:
     accumulation: int = 1
     mixed_precision: str = "no"
     optimizer: str = "adamw"
+    fp8: bool = False
+    """Frozen layers of the LLM keep two 8-bit copies of their weights."""
     frozen_dtype: torch.dtype | None = None
     """Of frozen weights, if it is to be another than theirs."""
     feature_cache: int = 0

@@ -41,15 +41,20 @@ def switch_on(accelerator: Accelerator, model: MultimodalLM, train: TrainConfig)
     Raises:
         ValueError: the device cannot, the LLM trains, or is held in another way.
     """
-    if not train.fp8:
-        return
     check(accelerator, model, train)
-    model.to(accelerator.device)
-    convert(model)
+    if train.fp8:
+        model.to(accelerator.device)
+        convert(model)
 
 
 def check(accelerator: Accelerator, model: MultimodalLM, train: TrainConfig) -> None:
-    """Stop where it would not do what it says."""
+    """Stop where it is asked for and would not do what it says.
+
+    Raises:
+        ValueError: see `switch_on`.
+    """
+    if not train.fp8:
+        return
     refuse_device(accelerator.device)
     if train.learning_rate.llm and not train.lora:
         raise ValueError(
@@ -91,15 +96,24 @@ def convert(model: MultimodalLM) -> int:
     if next(model.llm.parameters()).is_cuda:
         import mllm.train.kernels.rows_to_fp8  # noqa: F401  # makes torch.ops.mllm.rows_to_fp8
 
-    head = model.llm.get_output_embeddings()
-    chosen = [module for module in model.llm.modules() if type(module) is nn.Linear and module is not head]
-    chosen = [module for module in chosen if not module.weight.requires_grad and fits(module.weight)]
-    for module in chosen:
+    for module in (found := chosen(model)):
         module.__class__ = FrozenFp8Linear
         weight = module.weight.detach()
         # not as buffers, which wrappers would send around and state dicts would hold
         module.forwards, module.backwards = quantise(weight), quantise(weight.t().contiguous())  # type: ignore[assignment]
-    return len(chosen)
+    return len(found)
+
+
+def chosen(model: MultimodalLM) -> list[nn.Linear]:
+    """The layers that are converted."""
+    head = model.llm.get_output_embeddings()
+    linear_layers = [module for module in model.llm.modules() if type(module) is nn.Linear and module is not head]
+    return [module for module in linear_layers if not module.weight.requires_grad and fits(module.weight)]
+
+
+def bytes_of_copies(model: MultimodalLM) -> int:
+    """What the 8-bit copies take, with their scales."""
+    return sum(2 * layer.weight.numel() + 4 * sum(layer.weight.shape) for layer in chosen(model))
 
 
 def fits(weight: Tensor) -> bool:
