@@ -30,6 +30,10 @@ class AnyResolution:
     grids: tuple[TileGrid, ...]
     """Of equally good ones the first wins."""
 
+    def pinpoints(self) -> list[list[int]]:
+        """The grids as transformers' configs have them: `image_grid_pinpoints`, height and width in pixels."""
+        return [[rows * self.side, columns * self.side] for columns, rows in self.grids]
+
     def grid(self, width: int, height: int) -> TileGrid:
         """The grid of an image of that size."""
         return roomiest(self.grids, self.side, width, height)

@@ -109,8 +109,13 @@ def table(info: Info, exported: Exported) -> str:
     )
     return (
         f"| | loads | how, or why not |\n|---|---|---|\n{rows}\n\n"
-        f"{info.visual_tokens_per_image} visual tokens an image. vLLM and SGLang were read, not run."
+        f"{visual_tokens(info)} visual tokens an image. vLLM and SGLang were read, not run."
     )
+
+
+def visual_tokens(info: Info) -> str:
+    fewest, most = info.visual_tokens_range
+    return str(most) if fewest == most else f"{fewest} to {most}"
 
 
 def data(folder: Path, config: RunConfig) -> str:

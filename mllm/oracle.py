@@ -17,12 +17,11 @@ import torch
 
 from mllm.config import RunConfig, load_config, stage_config
 from mllm.data.imaging.tiling import Tiling
-from mllm.data.loader import DataConfig
 from mllm.export.gguf import llm, vision
-from mllm.export.homes import AYA_VISION, COHERE2_VISION, LLAVA, Home, find_home
+from mllm.export.homes import AYA_VISION, COHERE2_VISION, LLAVA, LLAVA_NEXT, Home, find_home
 from mllm.export.llava import activation
 from mllm.generate import find_folder
-from mllm.models.build import build_model, visual_tokens_per_image
+from mllm.models.build import build_model, check_rows, vision_grids, visual_tokens_per_image
 from mllm.models.fused_encoder import FusedEncoder
 from mllm.models.multimodal import MultimodalLM
 from mllm.models.vision_encoder import VisionEncoder
@@ -76,26 +75,38 @@ def info(name: str) -> Info:
     model = skeleton(config)
     home = find_home(model)
     named = {"vision_encoder": " + ".join(config.parts().encoders()), "llm": config.parts().llm}
+    named["image_newline"] = "one vector behind each row of tiles"
     described = [
         {
             "part": part.name,
-            "is": named.get(part.name) or config.parts().connector.type,
+            "is": named.get(part.name, config.parts().connector.type),
             "parameters": part.trained + part.frozen,
             "trained": part.trained,
         }
         for part in parts(model, config.train.learning_rate)
     ]
     tokens = visual_tokens_per_image(config.parts())
-    fewest, most = tile_range(config.data)
     answers, found = loaders(model, home), prospect(config, model)
     if found.exports_as == NOTHING:
         answers = [replace(answer, loads=False, why=found.why) for answer in answers]
-    return Info(name, described, tokens, (fewest * tokens, most * tokens), found.exports_as, answers, found.instead)
+    return Info(name, described, tokens, token_range(config, tokens), found.exports_as, answers, found.instead)
 
 
-def tile_range(data: DataConfig) -> tuple[int, int]:
-    """The fewest and the most tiles of an image."""
-    return (1, 1) if data.tiles == "none" else Tiling(data.tiles, side=1, max_tiles=data.max_tiles).range()
+def token_range(config: RunConfig, tokens: int) -> tuple[int, int]:
+    """The fewest and the most visual tokens of an image, of a tile being `tokens`."""
+    tiling = tiling_of(config)
+    if tiling is None:
+        return tokens, tokens
+    layout, (fewest, most) = tiling.any_resolution(tokens), tiling.range()
+    return layout.range() if layout else (fewest * tokens, most * tokens)
+
+
+def tiling_of(config: RunConfig) -> Tiling | None:
+    """As the processor would have it."""
+    data = config.data
+    if data.tiles == "none":
+        return None
+    return Tiling(data.tiles, vision_grids(config.parts())[0].side, data.max_tiles)
 
 
 def read(name: str) -> RunConfig:
@@ -107,8 +118,13 @@ def read(name: str) -> RunConfig:
 
 def skeleton(config: RunConfig) -> MultimodalLM:
     """The model without its weights, what trains switched on."""
+    parts = replace(config.parts(), random_weights=True, quantisation=None)
+    tiling = tiling_of(config)
+    layout = tiling.any_resolution(visual_tokens_per_image(parts)) if tiling else None
+    if layout:
+        check_rows(parts)
     with torch.device("meta"):
-        model = build_model(replace(config.parts(), random_weights=True, quantisation=None), image_token_id=0)
+        model = build_model(parts, image_token_id=0, any_resolution=layout)
         train = config.train
         choose_trainable(model, train.learning_rate, train.lora, train.vision_lora)
     return model
@@ -140,16 +156,16 @@ def in_vllm(model: MultimodalLM, home: Home) -> tuple[bool, str]:
         return True, "through its Transformers backend: --model-impl transformers --trust-remote-code"
     if home.architecture in (COHERE2_VISION, AYA_VISION):
         return True, "--model-impl transformers (its own class of that name writes marks around an image)"
-    if home.architecture != LLAVA:
+    if home.architecture not in (LLAVA, LLAVA_NEXT):
         return True, "through its Transformers backend, by itself"
-    reasons = []
+    own, reasons = home.architecture.removesuffix("ForConditionalGeneration"), []
     if (kind := model.vision_encoder.model.config.model_type) not in VLLM_ENCODERS:
-        reasons.append(f"its own Llava takes no {kind}")
-    if isinstance(model.vision_encoder, VisionEncoder) and len(model.vision_encoder.taps) > 1:
+        reasons.append(f"its own {own} takes no {kind}")
+    if own == "Llava" and isinstance(model.vision_encoder, VisionEncoder) and len(model.vision_encoder.taps) > 1:
         reasons.append("its own Llava reads one layer")
     if activation(model.connector) == "linear":
-        reasons.append("its own Llava knows no activation 'linear'")
-    return True, f"--model-impl transformers ({'; '.join(reasons)})" if reasons else "with its own Llava class"
+        reasons.append(f"its own {own} knows no activation 'linear'")
+    return True, f"--model-impl transformers ({'; '.join(reasons)})" if reasons else f"with its own {own} class"
 
 
 def in_sglang(model: MultimodalLM, home: Home) -> tuple[bool, str]:

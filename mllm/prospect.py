@@ -70,7 +70,7 @@ def prospect(config: RunConfig, model: MultimodalLM) -> Prospect:
 def without_adapters(model: MultimodalLM) -> MultimodalLM:
     """Export merges them; here they only stand in the way."""
     llm = model.llm.get_base_model() if hasattr(model.llm, "peft_config") else model.llm
-    return MultimodalLM(model.vision_encoder, model.connector, llm, model.image_token_id)
+    return MultimodalLM(model.vision_encoder, model.connector, llm, model.image_token_id, model.image_newline)
 
 
 def way_to_a_class(parts: ModelConfig, model: MultimodalLM) -> str:
@@ -108,4 +108,4 @@ def home_after(parts: ModelConfig, model: MultimodalLM, changes: dict[str, Any])
             connector = replace(parts.connector, **of_connector).build(encoder.width, width, encoder.num_patches)
     except ValueError:
         return None
-    return find_home(MultimodalLM(encoder, connector, model.llm, model.image_token_id))
+    return find_home(MultimodalLM(encoder, connector, model.llm, model.image_token_id, model.image_newline))

@@ -7,7 +7,8 @@ Facts of transformers 5.23 behind the rules. Llava: hidden state of any layer be
 one class token dropped, linear - activation - linear whose hidden width is the LLM's, a head without bias, cap or
 scale. VipLlava: the same with a LayerNorm in front. DeepseekVL: Llava's connector behind the encoder's final norm, no
 token dropped. Every class with a pixel shuffle has a norm somewhere: Cohere2Vision reads behind the encoder's,
-AyaVision and InternVL add one over the joined patches. So a pixel shuffle without any is nobody's.
+AyaVision and InternVL add one over the joined patches. So a pixel shuffle without any is nobody's. LlavaNext: Llava
+over tiles of the size in the encoder's config, laid out at any resolution with a newline.
 
 Not used, since another holds the same. Idefics3 and SmolVLM (a pixel shuffle and one matrix behind the norm, which
 Cohere2Vision is as well): they find the position of a patch by comparing fractions, which shifts it by one under 4.57.6
@@ -29,6 +30,7 @@ from mllm.models.fused_encoder import FusedEncoder
 from mllm.models.multimodal import MultimodalLM
 
 LLAVA, VIP_LLAVA = "LlavaForConditionalGeneration", "VipLlavaForConditionalGeneration"
+LLAVA_NEXT = "LlavaNextForConditionalGeneration"
 DEEPSEEK_VL = "DeepseekVLForConditionalGeneration"
 COHERE2_VISION, AYA_VISION = "Cohere2VisionForConditionalGeneration", "AyaVisionForConditionalGeneration"
 ACTIVATIONS = {"GELU": "gelu", "SiLU": "silu", "ReLU": "relu", "Tanh": "tanh"}
@@ -52,8 +54,11 @@ class Home:
 def find_home(model: MultimodalLM) -> Home:
     """The stock class that holds every part of the model exactly, else remote code."""
     obstacles = [*connector_obstacles(model), *encoder_obstacles(model), *head_obstacles(model.llm)]
+    obstacles += tile_obstacles(model)
     if obstacles:
         return Home("", "; ".join(obstacles))
+    if model.image_newline is not None:
+        return Home(LLAVA_NEXT, "its tiles, its newline and its connector are LlavaNext's")
     connector, behind = model.connector, model.vision_encoder.feature_norm
     if isinstance(connector, nn.Linear) and not behind:
         way = "as activation(x) - activation(-x) = x" if linear_fits_twice(connector) else "with no activation"
@@ -162,6 +167,21 @@ def encoder_obstacles(model: MultimodalLM) -> list[str]:
         found.append("features of several layers: of the stock classes Llava and VipLlava alone read them")
     if encoder.model.config.model_type == "siglip2_vision_model":
         found.append("SigLIP2 NaFlex takes patches and the shape of their grid: Llava hands it neither")
+    return found
+
+
+def tile_obstacles(model: MultimodalLM) -> list[str]:
+    """What LlavaNext cannot do, beside what Llava cannot, where tiles are laid out at any resolution."""
+    if model.image_newline is None:
+        return []
+    encoder, found = model.vision_encoder, []
+    if not is_two_layers(model.connector) or encoder.feature_norm:
+        found.append(
+            "LlavaNext, whose tiles and newline these are, has Llava's connector before the encoder's final norm"
+        )
+    own = getattr(getattr(encoder.model, "config", None), "image_size", None)
+    if own not in (None, encoder.grid.side):
+        found.append(f"LlavaNext cuts tiles of the encoder's image_size, {own}, which is run at {encoder.grid.side}")
     return found
 
 

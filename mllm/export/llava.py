@@ -1,4 +1,4 @@
-"""The model as stock `LlavaForConditionalGeneration` or `VipLlavaForConditionalGeneration`: config and tensors.
+"""The model as stock Llava, LlavaNext or VipLlava (`...ForConditionalGeneration`): config and tensors.
 
 Enters: a `Trained` whose home is Llava. Leaves: `config.json` as a dictionary, and tensors by name, float32. Names
 are those of every published Llava: `vision_tower.vision_model.*`, `multi_modal_projector.linear_{1,2}.*`,
@@ -35,9 +35,12 @@ def config(trained: Trained) -> dict[str, Any]:
             "vision_feature_layers": trained.parts.feature_layer,
             "projector_layernorm_eps": norm.eps,
         } | common
+    kind = {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava"}
+    if (layout := trained.processor.any_resolution) is not None:
+        kind = {"architectures": ["LlavaNextForConditionalGeneration"], "model_type": "llava_next"}
+        common["image_grid_pinpoints"] = layout.pinpoints()
     return {
-        "architectures": ["LlavaForConditionalGeneration"],
-        "model_type": "llava",
+        **kind,
         "multimodal_projector_bias": True,
         "vision_feature_layer": trained.parts.feature_layer,
         "vision_feature_select_strategy": select_strategy(trained),
@@ -68,6 +71,8 @@ def tensors(trained: Trained) -> dict[str, Tensor]:
         named |= {
             f"multi_modal_projector.projector_layernorm.{name}": p.detach() for name, p in norm.named_parameters()
         }
+    if trained.model.image_newline is not None:
+        named["image_newline"] = trained.model.image_newline.weight.detach()
     return {**vision_tensors(trained), **named, **language_tensors(trained, "language_model.model.")}
 
 

@@ -1,7 +1,8 @@
 """The processor as stock files: tokenizer, image processor, chat template, and how many tokens an image becomes.
 
 Enters: our `Processor`. Leaves: a folder that `AutoProcessor` of transformers 4.57 and 5.x reads as a stock
-`LlavaProcessor`: it expands an image's placeholder into exactly V, whatever the connector makes of P patches.
+`LlavaProcessor`: it expands an image's placeholder into exactly V, whatever the connector makes of P patches. Where
+tiles are laid out at any resolution it is a `LlavaNextProcessor`, which counts and cuts as `any_resolution.py` does.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mllm.any_resolution import AnyResolution
 from mllm.data import chat
 from mllm.data.imaging.pixels import Resize
 from mllm.data.processor import Processor
@@ -30,8 +32,27 @@ def write(
     write_image_processor(processor, folder, as_bytes)
     counting = {"patch_size": patch_size, "vision_feature_select_strategy": select_strategy}
     counting["num_additional_image_tokens"] = additional_tokens(processor, patch_size, select_strategy)
-    facts = {"processor_class": "LlavaProcessor", "image_token": IMAGE_TOKEN, **counting}
+    facts = {"processor_class": processor_class(processor), "image_token": IMAGE_TOKEN, **counting}
     write_json(folder / "processor_config.json", facts)
+
+
+def processor_class(processor: Processor) -> str:
+    return "LlavaNextProcessor" if processor.any_resolution else "LlavaProcessor"
+
+
+def patch_of_tokens(layout: AnyResolution) -> int:
+    """The side of a patch with which LlavaNextProcessor counts as many tokens across a tile as the connector makes.
+
+    Raises:
+        ValueError: there is none.
+    """
+    patch = layout.side // layout.across
+    if layout.side // patch != layout.across:
+        raise ValueError(
+            f"{layout.across} visual tokens across a tile of {layout.side} pixels: LlavaNextProcessor can count "
+            f"{layout.side // patch}; choose another number of tokens, or another encoder"
+        )
+    return patch
 
 
 def additional_tokens(processor: Processor, patch_size: int, select_strategy: str) -> int:
@@ -98,10 +119,28 @@ def write_image_processor(processor: Processor, folder: Path, as_bytes: bool) ->
         config["do_center_crop"] = False
     if processor.image_fit == "pad":
         config |= {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
+    if processor.any_resolution:
+        config |= tiled(processor)
     if as_bytes:
         config |= {"do_rescale": False, "do_normalize": False}
-    config["processor_class"] = "LlavaProcessor"
+    config["processor_class"] = processor_class(processor)
     write_json(path, config)
+
+
+def tiled(processor: Processor) -> dict[str, Any]:
+    """What LlavaNext's image processor must be told: tiles come to it at their size already."""
+    layout = processor.any_resolution
+    assert layout is not None
+    return {
+        "image_processor_type": "LlavaNextImageProcessor",
+        "image_grid_pinpoints": layout.pinpoints(),
+        "size": {"shortest_edge": layout.side},
+        "crop_size": {"height": layout.side, "width": layout.side},
+        "resample": int(processor.resample),
+        "do_resize": True,
+        "do_center_crop": True,
+        "do_pad": True,
+    }
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from mllm.export.environments import Environment
 from mllm.export.trained import Trained, round_weights
 from mllm.generate import Assistant
-from mllm.types import Mark, Message, Sample
+from mllm.types import Example, Mark, Message, Sample
 
 TOLERANCE = 1e-5
 """Of logits in float32, as a share of the largest logit where that is above 1; of pixels as they are."""
@@ -96,12 +96,19 @@ def write_reference(trained: Trained, folder: Path, dtype: torch.dtype, new_toke
             {
                 "messages": as_parts(sample),
                 "input_ids": prompt.input_ids,
+                "tiles": tiles_of(trained, prompt),
                 "answer": assistant.answer([sample], new_tokens)[0],
                 "max_new_tokens": new_tokens,
             }
         )
     save_file(tensors, str(folder / "reference.safetensors"))
     (folder / "reference.json").write_text(json.dumps({"samples": told}))
+
+
+def tiles_of(trained: Trained, prompt: Example) -> list[int]:
+    """Of each image whose tiles stand together in one padded row of pixels; of others nothing."""
+    layout = trained.processor.any_resolution
+    return [layout.num_tiles(width, height) for height, width in prompt.image_sizes] if layout else []
 
 
 def as_parts(sample: Sample) -> list[dict[str, Any]]:

@@ -93,16 +93,25 @@ def one(model: Any, processor: Any, sample: dict[str, Any], own: dict[str, Any])
     if not result["input_ids"]:
         return {**result, "expected": sample["input_ids"], "found": inputs["input_ids"][0].tolist()}
     if "pixel_values" in own:
-        result["pixels"] = (
-            (inputs["pixel_values"].reshape(own["pixel_values"].shape) - own["pixel_values"]).abs().max().item()
-        )
-        inputs["pixel_values"] = own["pixel_values"].reshape(inputs["pixel_values"].shape)
+        theirs = inputs["pixel_values"]
+        ours = stacked(own["pixel_values"], sample["tiles"], theirs) if sample.get("tiles") else own["pixel_values"]
+        result["pixels"] = (theirs.reshape(ours.shape) - ours).abs().max().item()
+        inputs["pixel_values"] = ours.reshape(theirs.shape)
     logits = model(**inputs).logits[0].float()[:, : own["logits"].shape[1]]
     scale = max(1.0, own["logits"].abs().max().item())
     result["logits"] = (logits - own["logits"]).abs().max().item() / scale
     new = model.generate(**inputs, max_new_tokens=sample["max_new_tokens"], do_sample=False)
     words = processor.decode(new[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
     return {**result, "answer": words, "same_answer": words == sample["answer"]}
+
+
+def stacked(pixels: Any, tiles: list[int], like: Any) -> Any:
+    """[N, 3, H, W] of all tiles -> [images, most tiles, 3, H, W], as `like` is, zeros behind the last of an image."""
+    whole, start = like.new_zeros(len(tiles), max(tiles), *like.shape[2:]), 0
+    for image, number in zip(whole, tiles):  # noqa: B905
+        image[:number] = pixels[start : start + number]
+        start += number
+    return whole
 
 
 if __name__ == "__main__":

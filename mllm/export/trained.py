@@ -128,12 +128,11 @@ def check_prompt(trained: Trained) -> None:
 
 def prompt_obstacle(own: Processor | DataConfig) -> str:
     """The settings that keep a model from being exported, and why; empty where there are none."""
-    known = {"tiles": ("none",), "image_markers": ("none",), "image_fit": ("native", "pad")}
+    known = {"tiles": ("none", "anyres"), "image_markers": ("none",), "image_fit": ("native", "pad")}
     found = [f"data.{name}: {getattr(own, name)}" for name in known if getattr(own, name) not in known[name]]
     if not found:
         return ""
-    tiles = " (tiles have no newline token here, and none of their tokens is dropped)" if own.tiles != "none" else ""
-    return f"{', '.join(found)} is not exported: no processor there prepares pictures and prompts exactly so{tiles}"
+    return f"{', '.join(found)} is not exported: no processor there prepares pictures and prompts exactly so"
 
 
 def round_weights(model: MultimodalLM, dtype: torch.dtype) -> None:

@@ -14,13 +14,20 @@ import torch
 from torch import Tensor
 
 from mllm.export import Dtype, Exported, cohere, deepseek, environments, llava, processor_files
-from mllm.export.homes import AYA_VISION, COHERE2_VISION, DEEPSEEK_VL, LLAVA, VIP_LLAVA, Home, find_home
+from mllm.export.homes import AYA_VISION, COHERE2_VISION, DEEPSEEK_VL, LLAVA, LLAVA_NEXT, VIP_LLAVA, Home, find_home
 from mllm.export.proof import prove
 from mllm.export.remote_code import writer
 from mllm.export.trained import Trained, check_prompt, load
 from mllm.generate import stop_ids
 
-FORMS = {LLAVA: llava, VIP_LLAVA: llava, DEEPSEEK_VL: deepseek, COHERE2_VISION: cohere, AYA_VISION: cohere}
+FORMS = {
+    LLAVA: llava,
+    LLAVA_NEXT: llava,
+    VIP_LLAVA: llava,
+    DEEPSEEK_VL: deepseek,
+    COHERE2_VISION: cohere,
+    AYA_VISION: cohere,
+}
 """The room that writes config and tensors of a stock class."""
 
 
@@ -88,6 +95,8 @@ def write_processor(trained: Trained, folder: Path) -> None:
     refuse(trained)
     if FORMS.get(find_home(trained.model).architecture) is llava:
         patch, strategy = trained.encoder.grid.patch, llava.select_strategy(trained)
+    elif trained.processor.any_resolution:
+        patch, strategy = processor_files.patch_of_tokens(trained.processor.any_resolution), "full"
     else:  # the whole picture is one patch; what it becomes is counted as additional tokens
         patch, strategy = trained.processor.pixel_shape[1], "full"
     processor_files.write(trained.processor, folder, trained.parts.llm, patch, strategy, trained.takes_bytes)

@@ -14,7 +14,13 @@ from mllm.data.loader import DataConfig
 from mllm.export import export
 from mllm.export.homes import find_home
 from mllm.export.trained import load
-from mllm.models.connectors import LinearConnector, MLPConnector, PixelShuffleConnector, QFormerConnector
+from mllm.models.connectors import (
+    AvgPoolConnector,
+    LinearConnector,
+    MLPConnector,
+    PixelShuffleConnector,
+    QFormerConnector,
+)
 from stages import make_parts, make_stage
 
 QFORMER = QFormerConnector(num_queries=3, hidden_size=16, num_layers=2, num_heads=2)
@@ -106,6 +112,27 @@ def test_tiles_and_markers_have_a_range_of_tokens_and_no_home_elsewhere(
     for to in ("transformers", "gguf"):
         with pytest.raises(ValueError, match=r"data\.tiles: dynamic is not exported"):
             export(str(config.parent), tmp_path / to, to)  # type: ignore[arg-type]
+
+
+def test_tiles_at_any_resolution_are_llava_nexts_and_their_tokens_follow_the_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    make_parts(tmp_path, encoder="siglip")
+    stage = make_stage(tmp_path, data=DataConfig(tiles="anyres"))
+    assert run(monkeypatch, stage, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["visual_tokens_range"], found["exports_as"]) == ([4, 24], "LlavaNextForConditionalGeneration")
+    answers = {loader["loader"]: loader for loader in found["loaders"]}
+    assert answers["vLLM"]["why"] == "with its own LlavaNext class"
+    assert answers["SGLang"]["why"] == "through its Transformers backend, by itself"
+    assert "tiles with a newline" in answers["llama.cpp"]["why"]
+    assert {part["part"]: part["trained"] for part in found["parts"]}["image_newline"] == 32
+    with pytest.raises(ValueError, match="tiles with a newline"):
+        export(str(stage), tmp_path / "gguf", "gguf")
+    pooled = make_stage(tmp_path, AvgPoolConnector(tokens=1), data=DataConfig(tiles="anyres"))
+    assert run(monkeypatch, pooled, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["visual_tokens_range"], found["exports_as"]) == ([1, 7], "remote code")
 
 
 def load_adapter(stage: Path) -> dict[str, Any]:

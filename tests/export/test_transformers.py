@@ -16,6 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from data.families import FAMILIES
 from mllm import cli
+from mllm.data.loader import DataConfig
 from mllm.export import environments, export, reload
 from mllm.export.environments import HERE, Environment
 from mllm.export.llava import extended
@@ -57,6 +58,15 @@ LLAVA = {
 }
 """Parts and stage settings that stock Llava holds."""
 
+ANYRES = {"data": DataConfig(tiles="anyres")}
+SIX = {"data": DataConfig(tiles="anyres", max_tiles=6)}
+NEXT = {
+    "clip-tiles": ({}, ANYRES),
+    "siglip-six-tiles-lora": ({"encoder": "siglip", "llm": "qwen2"}, {"lora": True, **SIX}),
+    "dinov2-linear-tiles": ({"encoder": "dinov2"}, {"connector": LinearConnector(), **ANYRES}),
+    "two-layers-tiles": ({}, {"feature_layer": [-2, 1], **ANYRES}),
+}
+"""Llava's over tiles."""
 VIP = {"vip-two-layers-norm": ({"llm": "qwen2"}, {"feature_layer": [-2, -3], "connector": MLPConnector(norm=True)})}
 DEEPSEEK = {
     "mlp-behind-the-norm": ({"encoder": "siglip"}, {"feature_norm": True}),
@@ -99,10 +109,13 @@ REMOTE = {
     "c-abstractor": ({}, {"connector": CAbstractorConnector(tokens=1, hidden_size=16, depth=1)}),
     "registers": ({"encoder": "registers"}, {}),
     "gemma2": ({"llm": "gemma2"}, {"attention": "eager"}),
+    "pooled-tiles": ({"encoder": "siglip"}, {"connector": AvgPoolConnector(tokens=1), **ANYRES}),
+    "shuffled-tiles-gemma2": ({"llm": "gemma2"}, {"attention": "eager", "connector": PixelShuffleConnector(), **SIX}),
 }
 """Parts and stage settings that no stock class holds."""
 HOMES = {
     "LlavaForConditionalGeneration": LLAVA,
+    "LlavaNextForConditionalGeneration": NEXT,
     "VipLlavaForConditionalGeneration": VIP,
     "DeepseekVLForConditionalGeneration": DEEPSEEK,
     "Cohere2VisionForConditionalGeneration": COHERE2,
@@ -114,6 +127,8 @@ FAST = (
     "no-row-for-the-image",
     "tokenizer-with-bos",
     "thinking",
+    "siglip-six-tiles-lora",
+    "pooled-tiles",
     "vip-two-layers-norm",
     "mlp-behind-the-norm-last-layer-lora",
     "pooled",

@@ -32,6 +32,8 @@ def obstacles(model: MultimodalLM) -> list[str]:
     if not isinstance(encoder, VisionEncoder):
         return ["several encoders: llama.cpp runs one"]
     found = []
+    if model.image_newline is not None:
+        found.append("tiles with a newline: the projector that is written has neither")
     if encoder.num_prefix_tokens:
         found.append(
             "an encoder with a class token: llama.cpp gets its positions wrong (its issue 25814); SigLIP has none"

@@ -27,6 +27,7 @@ class MllmConfig(PretrainedConfig):
         grids: list[dict[str, int]] | None = None,
         normalisations: list[dict[str, Any]] | None = None,
         more_vision_configs: list[Any] | None = None,
+        any_resolution: dict[str, Any] | None = None,
         lm_head_bias: bool = False,
         tie_word_embeddings: bool = False,
         **kwargs: Any,
@@ -40,6 +41,7 @@ class MllmConfig(PretrainedConfig):
         self.grids = grids or []
         self.normalisations = normalisations or []
         self.more_vision_configs = more_vision_configs or []
+        self.any_resolution = any_resolution
         self.lm_head_bias = lm_head_bias
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)  # type: ignore[call-arg]
 

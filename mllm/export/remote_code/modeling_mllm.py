@@ -1,10 +1,11 @@
 """A vision encoder, a connector and a causal LLM as one model of transformers, 4.57 and 5.
 
-Enters: input_ids [B, S] in which each image has V placeholders, pixel_values [N, 3, H, W]. Leaves: logits
+Enters: input_ids [B, S] in which each image has V placeholders, pixel_values [N, 3, H, W]; or as many placeholders as
+LlavaNextProcessor counts for an image of any size, its tiles [N, most tiles, 3, H, W] and sizes. Leaves: logits
 [B, S, vocabulary]. Names of the parts (`vision_tower`, `multi_modal_projector`, `language_model`, `lm_head`) are those
 that servers look for.
 
-B rows, S tokens of a row, N images, V visual tokens an image, D width of the LLM.
+B rows, S tokens of a row, N images, V visual tokens an image, T of all images, D width of the LLM.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from torch import Tensor, nn
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 
+from mllm.any_resolution import AnyResolution
 from mllm.export.remote_code.configuration_mllm import MllmConfig
 from mllm.export.remote_code.connector_of import make_connector
 from mllm.models.fused_encoder import FusedEncoder
 from mllm.models.head import scaled
+from mllm.models.image_newline import ImageNewline
 from mllm.models.vision_encoder import VisionEncoder
 from mllm.models.vision_grid import Grid
 from mllm.types import Normalisation
@@ -47,6 +50,7 @@ class MllmModel(MllmPreTrainedModel):
         self.multi_modal_projector = make_connector(
             config.connector, self.vision_tower.width, width, self.vision_tower.num_patches
         )
+        self.image_newline = make_newline(config, width)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -55,11 +59,25 @@ class MllmModel(MllmPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_input_embeddings(value)
 
-    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        """[N, 3, H, W] -> `pooler_output`, N visual tokens [V, D]."""
+    def get_image_features(
+        self, pixel_values: Tensor, image_sizes: Any = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """[N, 3, H, W] -> `pooler_output`, N visual tokens [V, D]; [N, most tiles, 3, H, W] and heights and widths
+        [N, 2] -> as many as an image of that size has, each."""
+        if self.image_newline is None:
+            return BaseModelOutputWithPooling(pooler_output=list(self.connected(pixel_values)))  # type: ignore[arg-type]
+        sizes = [(int(height), int(width)) for height, width in image_sizes]
+        tiles = [self.image_newline.layout.num_tiles(width, height) for height, width in sizes]
+        shown = torch.cat([image[:number] for image, number in zip(pixel_values, tiles, strict=True)])
+        tokens = self.connected(shown).split(tiles)
+        laid_out = [self.image_newline(own, [size]) for own, size in zip(tokens, sizes, strict=True)]
+        return BaseModelOutputWithPooling(pooler_output=laid_out)  # type: ignore[arg-type]
+
+    def connected(self, pixel_values: Tensor) -> Tensor:
+        """[N, 3, H, W] -> [N, V, D]."""
         features = self.vision_tower(pixel_values)  # [N, P, Dv]
-        tokens = self.multi_modal_projector(features.to(next(self.multi_modal_projector.parameters()).dtype))
-        return BaseModelOutputWithPooling(pooler_output=list(tokens))  # type: ignore[arg-type]
+        tokens: Tensor = self.multi_modal_projector(features.to(next(self.multi_modal_projector.parameters()).dtype))
+        return tokens
 
     def forward(
         self,
@@ -69,11 +87,12 @@ class MllmModel(MllmPreTrainedModel):
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
+        image_sizes: Any = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         if inputs_embeds is None:
             assert input_ids is not None, "give input_ids or inputs_embeds"
-            inputs_embeds = self.embed(input_ids, pixel_values)  # [B, S, D]
+            inputs_embeds = self.embed(input_ids, pixel_values, image_sizes)  # [B, S, D]
         kwargs["return_dict"] = True
         return self.language_model(  # type: ignore[no-any-return]
             inputs_embeds=inputs_embeds,
@@ -83,13 +102,14 @@ class MllmModel(MllmPreTrainedModel):
             **kwargs,
         )
 
-    def embed(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
+    def embed(self, input_ids: Tensor, pixel_values: Tensor | None, image_sizes: Any) -> Tensor:
         """Token embeddings with the visual tokens in their slots [B, S, D]."""
         is_placeholder = input_ids == self.config.image_token_id  # [B, S]
         embeddings: Tensor = self.get_input_embeddings()(input_ids)  # [B, S, D]
         if pixel_values is None:
             return embeddings
-        visual = torch.cat(self.get_image_features(pixel_values).pooler_output)  # type: ignore[arg-type]  # [N * V, D]
+        found = self.get_image_features(pixel_values, image_sizes).pooler_output
+        visual = torch.cat(found)  # type: ignore[arg-type]  # [T, D]
         if int(is_placeholder.sum()) != len(visual):
             raise ValueError(f"{int(is_placeholder.sum())} placeholders in input_ids, {len(visual)} visual tokens")
         if self.config.text_config.model_type in ("gemma", "gemma2") and not hasattr(
@@ -124,8 +144,10 @@ class MllmForConditionalGeneration(MllmPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.lm_head = value
 
-    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        return self.model.get_image_features(pixel_values, **kwargs)
+    def get_image_features(
+        self, pixel_values: Tensor, image_sizes: Any = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        return self.model.get_image_features(pixel_values, image_sizes, **kwargs)
 
     def forward(
         self,
@@ -136,6 +158,7 @@ class MllmForConditionalGeneration(MllmPreTrainedModel, GenerationMixin):
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        image_sizes: Any = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
@@ -147,6 +170,7 @@ class MllmForConditionalGeneration(MllmPreTrainedModel, GenerationMixin):
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            image_sizes=image_sizes,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -189,6 +213,14 @@ def make_encoder(config: MllmConfig) -> VisionEncoder | FusedEncoder:
         for own, grid, normalisation in zip(config.encoder_configs(), config.grids, config.normalisations, strict=True)
     ]
     return FusedEncoder(encoders) if len(encoders) > 1 else encoders[0]
+
+
+def make_newline(config: MllmConfig, width: int) -> ImageNewline | None:
+    """What lays tiles out as the images that they were cut from, where the model was trained so."""
+    if not (settings := config.any_resolution):
+        return None
+    grids = tuple((columns, rows) for columns, rows in settings["grids"])
+    return ImageNewline(AnyResolution(settings["side"], settings["across"], grids), width)
 
 
 def as_normalisation(settings: dict[str, Any]) -> Normalisation:

@@ -50,6 +50,7 @@ def config(trained: Trained) -> dict[str, Any]:
         "feature_norm": trained.parts.feature_norm,
         "grids": [asdict(encoder.grid) for encoder in encoders],
         "normalisations": [asdict(encoder.normalisation) for encoder in encoders],
+        "any_resolution": asdict(newline.layout) if (newline := model.image_newline) is not None else None,
         "lm_head_bias": getattr(model.llm.get_output_embeddings(), "bias", None) is not None,
         "tie_word_embeddings": is_tied(model.llm),
         "vision_config": configs[0],
@@ -68,8 +69,10 @@ def tensors(trained: Trained) -> dict[str, Tensor]:
     found = language_tensors(trained, "model.language_model.", "lm_head.weight")
     if (bias := getattr(model.llm.get_output_embeddings(), "bias", None)) is not None:
         found["lm_head.bias"] = bias.detach()
-    for name, part in (("vision_tower", model.vision_encoder), ("multi_modal_projector", model.connector)):
-        found |= {f"model.{name}.{key}": tensor for key, tensor in published(part).items()}
+    named = {"vision_tower": model.vision_encoder, "multi_modal_projector": model.connector}
+    for name, part in {**named, "image_newline": model.image_newline}.items():
+        if part is not None:
+            found |= {f"model.{name}.{key}": tensor for key, tensor in published(part).items()}
     return {name: tensor for name, tensor in found.items() if ".vision_model.head." not in name}  # SigLIP's, unused
 
 
