@@ -95,12 +95,12 @@ def train(
                 sys.exit(str(error))
             found = training.measure(rows, minutes, quick, partial(write, json_path), status.update)
         else:
-            from benchmarks import ratios
+            from benchmarks import counted, ratios
 
-            found = {"ratios": ratios.measure(pairs, status.update)}
+            found = {"counters": counted.measure(), "ratios": ratios.measure(pairs, status.update)}
     found["machine"] = machine()
-    tables = [report.rate_table(found), report.room_table(found)] if has_gpu else [report.ratio_table(found)]
-    finish(Console(width=None if sys.stdout.isatty() else 160), tables, found, json_path)
+    tables = [report.rate_table, report.room_table] if has_gpu else [report.count_table, report.ratio_table]
+    finish(Console(width=None if sys.stdout.isatty() else 160), [table(found) for table in tables], found, json_path)
 
 
 def chat(

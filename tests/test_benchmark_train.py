@@ -17,7 +17,7 @@ from torch import nn
 RECIPES = Path(__file__).parents[1] / "recipes"
 sys.path.append(str(RECIPES))
 
-from benchmarks import naive, product, ratios, training  # noqa: E402
+from benchmarks import counted, naive, product, ratios, training  # noqa: E402
 from benchmarks.configurations import configurations, default, stage_1, stage_2  # noqa: E402
 from benchmarks.drawn_training import Drawing, draw  # noqa: E402
 from benchmarks.page import PAGE, filled, markdown, read_results  # noqa: E402
@@ -164,6 +164,19 @@ def test_enough_leaves_no_hook_behind() -> None:
     assert watch.done == 0
 
 
+def test_what_is_counted_keeps_what_is_asked() -> None:
+    found = counted.measure(steps=1)
+    assert found.keys() == counted.ASKED.keys()
+    assert found["flops_over_arithmetic"] == pytest.approx(1, rel=0.02)
+    assert found["padded_over_packed_flops"] >= 1.7
+    assert found["frozen_over_trained_flops"] == pytest.approx(2 / 3, abs=0.005)
+    assert found["frozen_over_trained_bytes"] <= 0.85
+    assert found["packed_over_padded_bytes"] <= 0.80
+    assert found["logit_rows_over_supervised"] <= 1
+    assert found["fill"] >= 0.995
+    assert found["waits"] == 0
+
+
 def test_all_ways_take_turns_with_fit() -> None:
     seconds = ratios.take_turns(1, lambda words: None)
     assert {name: len(each) for name, each in seconds.items()} == dict.fromkeys(
@@ -175,6 +188,7 @@ def test_all_ways_take_turns_with_fit() -> None:
 def test_on_a_cpu_ratios_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alike = {"ours": [2.0, 2.2], "bare": [2.0, 2.0], "all logits": [3.0, 2.4], "padded": [4.0, 3.0]}
     monkeypatch.setattr(ratios, "take_turns", lambda pairs, say: alike)
+    monkeypatch.setattr(counted, "measure", lambda: dict.fromkeys(counted.ASKED, 1.0))
     path = tmp_path / "out.json"
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "train", "--json", str(path), "--pairs", "2"])
     runpy.run_path(str(RECIPES / "benchmark.py"), run_name="__main__")

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from mllm.models.packed.choice import Attention
+from benchmarks.sizes import LLMS
+from mllm.models.packed.choice import Attention, implementation
 from mllm.train.trainable import LearningRates
 from mllm.train.tuning.adapters import Lora
 
@@ -91,3 +92,10 @@ def stage_2(llm: str) -> list[Configuration]:
     )
     ours = replace(default(llm), name=f"S2 {llm}", kind="instruct", lora=True, beside=naive.name)
     return [replace(ours, words="LoRA, packed, supervised rows, compiled"), naive]
+
+
+def attention(row: Configuration) -> str:
+    """The attention function as transformers knows it."""
+    from transformers import Qwen2Config
+
+    return implementation(row.attention, Qwen2Config(**LLMS[row.llm]))

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from benchmarks.peers_report import facts_table, peers_table
-from benchmarks.training_report import rate_table, ratio_table, room_table
+from benchmarks.training_report import count_table, rate_table, ratio_table, room_table
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[2] / "BENCHMARKS.md"
@@ -55,7 +55,7 @@ def shown(found: dict[str, Any]) -> list[Table]:
         return [chat_table(found)]
     if subject == "peers":
         return [peers_table(found), facts_table(found)]
-    return [rate_table(found), room_table(found)] if "rows" in found else [ratio_table(found)]
+    return [rate_table(found), room_table(found)] if "rows" in found else [count_table(found), ratio_table(found)]
 
 
 def markdown(table: Table) -> str:

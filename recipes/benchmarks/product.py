@@ -29,8 +29,9 @@ from mllm.data.loader import DataConfig, PlannedBatches, Share, batches
 from mllm.data.plan import Plan
 from mllm.data.planning.advisor import MULTIPLE, advise, best
 from mllm.models.multimodal import MultimodalLM
+from mllm.train.inputs import step_inputs
 from mllm.train.loop import fit
-from mllm.train.losses import NextToken, model_inputs, num_supervised
+from mllm.train.losses import NextToken, num_supervised
 from mllm.train.optimizer import make_optimizer
 from mllm.train.route import make_plan
 from mllm.train.settings import TrainConfig
@@ -161,11 +162,17 @@ def held_on(inputs: dict[str, Any]) -> str:
 
 
 def held(
-    index: DrawnIndex, processor: DrawnProcessor, plan: Plan, train: TrainConfig, device: torch.device
+    model: MultimodalLM,
+    index: DrawnIndex,
+    processor: DrawnProcessor,
+    plan: Plan,
+    train: TrainConfig,
+    device: torch.device,
 ) -> list[tuple[dict[str, Any], int]]:
     """The first batches of the plan as the objective takes them, on the device, with their supervised tokens."""
     dataset = PlannedBatches(index, plan, processor, Share(0, 1, train.rows_per_micro_batch))  # type: ignore[arg-type]
-    return [(model_inputs(batch, device), num_supervised(batch)) for batch in batches(dataset, 0, HELD, 0)]
+    read = batches(dataset, 0, HELD, 0)
+    return [(step_inputs(batch, device, model, "token"), num_supervised(batch)) for batch in read]
 
 
 @contextlib.contextmanager

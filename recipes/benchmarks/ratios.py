@@ -21,11 +21,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from benchmarks import naive, product
 from benchmarks.clock import speed
-from benchmarks.configurations import stage_1
+from benchmarks.configurations import Configuration, attention, default, stage_1
 from benchmarks.drawn_training import Drawing, DrawnIndex, draw
 from benchmarks.sizes import ENCODERS, LLMS, draw_model
 from benchmarks.stopwatch import Enough
 from mllm.models.multimodal import MultimodalLM
+from mllm.models.packed.choice import Attention
 from mllm.train.trainable import choose_trainable
 
 LLM, ENCODER, SHRINK = "small", "small", 9
@@ -54,16 +55,16 @@ def measure(pairs: int, say: Callable[[str], None] = lambda words: None) -> dict
 
 def take_turns(pairs: int, say: Callable[[str], None]) -> Seconds:
     """CPU seconds a real token of each way, pair by pair."""
-    row = replace(stage_1("1.5B")[0], llm=LLM, encoder=ENCODER, kind="instruct")
+    row, plain = small(default("1.5B")), small(stage_1("1.5B")[0])
     index, processor = draw(drawing())
     length, number = product.layout(index.length, TOKENS)
     with product.scratch() as folder:
         train = product.settings(row, folder, number, bf16=False)
         data = product.data_settings(length, workers=0)
         plan = product.plan_of(index, data, train)
-        held = product.held(index, processor, plan, train, CPU)
         tokens = [plan.counts(step)["tokens"] for step in range(pairs + WARM_UP)]
-        models = [small_model(row) for _ in range(3)]
+        models = [small_model(row), small_model(row), small_model(plain)]
+        held = product.held(models[1], index, processor, plan, train, CPU)
         bare, all_logits = product.NextToken(models[1]), product.AllLogits(models[1])
         others = {
             "bare": cycled(product.bare(models[1], held, train, bare), tokens[: len(held)]),
@@ -135,6 +136,12 @@ def padded(model: MultimodalLM, index: DrawnIndex, processor: Any) -> Iterator[f
         yield float(index.length[numbers].sum())
 
 
+def small(row: Configuration) -> Configuration:
+    """That for a CPU: ours with the attention that computes each sample by itself."""
+    own: Attention = "sdpa" if row.way == "naive" else "by_sample"
+    return replace(row, llm=LLM, encoder=ENCODER, kind="instruct", attention=own, compiled=False)
+
+
 def drawing() -> Drawing:
     """Conversations about pictures of the encoder that is used."""
     encoder = ENCODERS[ENCODER][1]
@@ -142,7 +149,8 @@ def drawing() -> Drawing:
     return Drawing("instruct", patches, encoder["image_size"], LLMS[LLM]["vocab_size"], samples=1024, shrink=SHRINK)
 
 
-def small_model(row: Any) -> MultimodalLM:
-    model = draw_model(LLM, ENCODER, CPU, torch.float32)
+def small_model(row: Configuration) -> MultimodalLM:
+    """With the parts trained that the row names."""
+    model = draw_model(LLM, ENCODER, CPU, torch.float32, attention(row))
     choose_trainable(model, row.rates, row.adapter)
     return model

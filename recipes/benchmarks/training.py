@@ -18,12 +18,11 @@ import numpy as np
 import torch
 
 from benchmarks import naive, product
-from benchmarks.configurations import Configuration, configurations
+from benchmarks.configurations import Configuration, attention, configurations
 from benchmarks.drawn_training import Drawing, DrawnIndex, draw
 from benchmarks.sizes import ENCODERS, LLMS, draw_model
 from benchmarks.stopwatch import Budget, Stopwatch
 from mllm.models.multimodal import MultimodalLM
-from mllm.models.packed.choice import implementation
 from mllm.train.forecasting.flops import Cost, Work, cost_of
 from mllm.train.forecasting.peaks import peak_flops
 from mllm.train.trainable import choose_trainable
@@ -179,7 +178,7 @@ def product_run(
         objective = product.AllLogits if row.full_logits else product.NextToken
         with watch.running():
             if row.way == "bare":
-                held = product.held(index, processor, plan, train, device)
+                held = product.held(model, index, processor, plan, train, device)
                 watch.look_at(own := objective(model))
                 exhaust(product.bare(model, held, train, own))
             product.loop(model, index, processor, data, train, device, watch, objective)
@@ -189,13 +188,6 @@ def product_run(
         return [np.concatenate(plan.rows(step % steps)) for step in range(first, first + count)]
 
     return shape, numbers
-
-
-def attention(row: Configuration) -> str:
-    """The attention function as transformers knows it."""
-    from transformers import Qwen2Config
-
-    return implementation(row.attention, Qwen2Config(**LLMS[row.llm]))
 
 
 def dtype_on(device: torch.device) -> torch.dtype:

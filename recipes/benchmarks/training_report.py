@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
+from benchmarks.counted import ASKED
 from benchmarks.stopwatch import ROOMS
 
 GIB = 2**30
@@ -97,6 +98,12 @@ def ratio_lines(found: dict[str, Any]) -> list[Cells]:
 def ratio_table(found: dict[str, Any]) -> Table:
     """For the screen."""
     return screen(f"the small model on this CPU, {found['ratios']['pairs']} pairs", RATIO_HEADS, ratio_lines(found))
+
+
+def count_table(found: dict[str, Any]) -> Table:
+    """For the screen."""
+    rows = [[words, f"{found['counters'][name]:.3f}", asked] for name, (words, asked) in ASKED.items()]
+    return screen("counted", ("counted", "", "asked for"), rows)
 
 
 def rate_table(found: dict[str, Any]) -> Table:
