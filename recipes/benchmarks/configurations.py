@@ -40,6 +40,19 @@ class Configuration:
     """The configuration that it is compared with."""
 
     @property
+    def accumulation(self) -> int:
+        """Micro-batches of a step, as large runs have several: the encoder takes the images of a step together. Fewer
+        where a step would take many seconds."""
+        if self.way == "naive":
+            return 1
+        return 4 if self.llm in ("3B", "7B") else 8
+
+    @property
+    def weight(self) -> float:
+        """About what a token costs, in time that it is given."""
+        return {"0.5B": 0.7, "3B": 1.7, "7B": 3.0}.get(self.llm, 1.0)
+
+    @property
     def rates(self) -> LearningRates:
         return LearningRates(connector=2e-5, llm=2e-4) if self.lora else LearningRates(connector=1e-3)
 

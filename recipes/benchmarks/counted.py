@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import naive, product
 from benchmarks.configurations import stage_1
-from benchmarks.counters import Operations, flops, saved_bytes
+from benchmarks.counters import bytes_for_backward, flops, rows_of_words
 from benchmarks.drawn_training import DrawnIndex, DrawnProcessor, draw
 from benchmarks.ratios import BATCH, CPU, LLM, TOKENS, drawing, small, small_model
 from benchmarks.sizes import LLMS
@@ -23,7 +24,7 @@ from mllm.data.plan import Plan
 from mllm.models.multimodal import MultimodalLM
 from mllm.models.packed.boundaries import boundaries
 from mllm.train.forecasting.flops import Work, cost_of
-from mllm.train.inputs import step_inputs
+from mllm.train.inputs import inputs_of
 from mllm.train.losses import num_supervised
 from mllm.types import Batch
 
@@ -38,6 +39,20 @@ ASKED = {
     "waits": ("results that the host must read in a micro-batch", "0 of ours"),
 }
 """Of each count its words, and what is asked of it."""
+
+
+READ = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "bincount", "unique")
+"""Operations whose result, or its shape, the host must read, by the beginnings of their names."""
+
+
+class Waits(TorchDispatchMode):
+    """Counts what would make the host wait for a device."""
+
+    number = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += function.overloadpacket.__name__.startswith(READ)
+        return function(*args, **(kwargs or {}))
 
 
 @dataclass
@@ -82,8 +97,9 @@ def measure(steps: int = 3) -> dict[str, float]:
     packed, padded = packed_step(frozen, samples), padded_step(plain, samples)
     share = samples.tokens / samples.tokens_in_batches
     arithmetic = cost_of(frozen).flops(samples.work)
-    with Operations(LLMS[LLM]["vocab_size"], LLMS[LLM]["hidden_size"]) as seen:
+    with Waits() as waits:
         packed(True)
+    rows = rows_of_words(lambda: packed(True), LLMS[LLM]["vocab_size"], frozen)
     packed_flops = flops(lambda: packed(True))
     return {
         "flops_over_arithmetic": packed_flops / arithmetic,
@@ -91,9 +107,9 @@ def measure(steps: int = 3) -> dict[str, float]:
         "frozen_over_trained_flops": llm_flops(frozen, samples) / llm_flops(trained, samples),
         "frozen_over_trained_bytes": kept(frozen, packed) / kept(trained, packed_step(trained, samples)),
         "packed_over_padded_bytes": kept(frozen, packed) / kept(plain, padded) / share,
-        "logit_rows_over_supervised": seen.rows / max(map(num_supervised, samples.packed)),
+        "logit_rows_over_supervised": rows / max(map(num_supervised, samples.packed)),
         "fill": samples.fill,
-        "waits": seen.waits / len(samples.packed),
+        "waits": waits.number / len(samples.packed),
     }
 
 
@@ -119,7 +135,7 @@ Step = Callable[[bool], Any]
 def packed_step(own: MultimodalLM, samples: Samples) -> Step:
     objective = product.NextToken(own)
     inputs = [
-        {**step_inputs(batch, CPU, own, "token"), "samples": boundaries(batch["position_ids"])}  # as for a GPU
+        {**inputs_of(batch, CPU, own, "token"), "samples": boundaries(batch["position_ids"])}  # as for a GPU
         for batch in samples.packed
     ]
     return lambda backward: [through(objective(**each), backward) for each in inputs]
@@ -142,7 +158,7 @@ def through(loss: torch.Tensor, backward: bool) -> torch.Tensor:
 
 def kept(own: MultimodalLM, step: Step) -> int:
     """Bytes kept for the backward pass, of all samples."""
-    return saved_bytes(lambda: step(False), own.parameters())
+    return bytes_for_backward(lambda: step(False), own)
 
 
 def llm_flops(own: MultimodalLM, samples: Samples) -> float:
@@ -154,4 +170,4 @@ def llm_flops(own: MultimodalLM, samples: Samples) -> float:
     def call() -> None:
         own.logits(own.llm.get_decoder()(inputs_embeds=states, use_cache=False).last_hidden_state).sum().backward()
 
-    return flops(call, weights_alone=True)
+    return flops(call, attention=False)

@@ -13,6 +13,8 @@ import contextlib
 import inspect
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 from unittest import mock
@@ -25,25 +27,26 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks.configurations import Configuration
 from benchmarks.drawn_training import DrawnIndex, DrawnProcessor
-from mllm.data.loader import DataConfig, PlannedBatches, Share, batches
+from mllm.data.loader import DataConfig, batches
 from mllm.data.plan import Plan
 from mllm.data.planning.advisor import MULTIPLE, advise, best
 from mllm.models.multimodal import MultimodalLM
-from mllm.train.inputs import step_inputs
+from mllm.train.inputs import inputs_of
 from mllm.train.loop import fit
 from mllm.train.losses import NextToken, num_supervised
 from mllm.train.optimizer import make_optimizer
-from mllm.train.route import make_plan
+from mllm.train.route import deal, make_plan
 from mllm.train.settings import TrainConfig
 from mllm.train.trainable import parameter_groups, set_mode
+from mllm.train.tuning import compiling
 from mllm.types import IGNORE_INDEX
 
 STEPS = 10_000
 """Of a run that is ended long before."""
 SHORTEST, LONGEST = 3584, 8192
 """Tokens of the rows among which the advisor chooses."""
-HELD = 8
-"""Batches that the bare loop goes round and round."""
+HELD = 2
+"""Steps that the bare loop goes round and round."""
 
 
 class Watch(Protocol):
@@ -68,11 +71,13 @@ def settings(configuration: Configuration, folder: Path, rows: int, bf16: bool) 
         learning_rate=configuration.rates,
         lora=configuration.adapter,
         steps=STEPS,
-        rows_per_step=rows,
+        rows_per_step=rows * configuration.accumulation,
         rows_per_micro_batch=rows,
         mixed_precision="bf16" if bf16 else "no",
         feature_cache=4.0 if configuration.cached else 0,
         log_every=STEPS,
+        compile=configuration.compiled,
+        fp8=configuration.fp8,
         probe=False,
         audit="off",
         hang_seconds=0,
@@ -138,27 +143,36 @@ def loop(
         accelerator.free_memory()
 
 
-def bare(
-    model: MultimodalLM, held: list[tuple[dict[str, Any], int]], train: TrainConfig, objective: NextToken
-) -> Iterator[None]:
+@dataclass
+class HeldStep:
+    """A step's micro-batches on the device, without their pixels, which come together."""
+
+    inputs: list[dict[str, Any]]
+    images: list[int]
+    pixels: Tensor
+    """[N, 3, H, W] of all of them."""
+    supervised: int
+
+
+def bare(model: MultimodalLM, held: list[HeldStep], train: TrainConfig, objective: NextToken) -> Iterator[None]:
     """The same model and loss in a few lines of PyTorch, on batches that are on the device already; a step each."""
     set_mode(model)
     groups = parameter_groups(model, train.learning_rate, train.weight_decay)
     optimizer = make_optimizer(groups, train.optimizer)
     trained = [parameter for group in groups for parameter in group["params"]]
+    autocast = partial(torch.autocast, held[0].pixels.device.type, torch.bfloat16, train.mixed_precision == "bf16")
     while True:
-        for inputs, supervised in held:
-            with torch.autocast(held_on(inputs), torch.bfloat16, enabled=train.mixed_precision == "bf16"):
-                loss = objective(**inputs)
-            (loss / supervised).backward()
+        for step in held:
+            with torch.no_grad(), autocast():
+                features = model.features(step.pixels).split(step.images)
+            for inputs, own in zip(step.inputs, features, strict=True):
+                with autocast():
+                    loss = objective(**{**inputs, "pixel_values": own})
+                (loss / step.supervised).backward()
             torch.nn.utils.clip_grad_norm_(trained, train.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             yield
-
-
-def held_on(inputs: dict[str, Any]) -> str:
-    return str(inputs["input_ids"].device.type)
 
 
 def held(
@@ -166,13 +180,23 @@ def held(
     index: DrawnIndex,
     processor: DrawnProcessor,
     plan: Plan,
+    data: DataConfig,
     train: TrainConfig,
     device: torch.device,
-) -> list[tuple[dict[str, Any], int]]:
-    """The first batches of the plan as the objective takes them, on the device, with their supervised tokens."""
-    dataset = PlannedBatches(index, plan, processor, Share(0, 1, train.rows_per_micro_batch))  # type: ignore[arg-type]
-    read = batches(dataset, 0, HELD, 0)
-    return [(step_inputs(batch, device, model, "token"), num_supervised(batch)) for batch in read]
+) -> list[HeldStep]:
+    """The first steps of the plan on the device, for a model whose blocks are compiled as the loop compiles them."""
+    accelerator = accelerate(train, device)
+    dataset = deal(accelerator, index, plan, processor, train)  # type: ignore[arg-type]
+    compiling.switch_on(accelerator, model, train, data)
+    read, steps = list(batches(dataset, 0, HELD, 0)), []
+    for first in range(0, len(read), dataset.accumulation):
+        block = read[first : first + dataset.accumulation]
+        assert all(batch["num_images"] for batch in block)
+        inputs = [inputs_of(batch, device, model, "token", pixels=False) for batch in block]
+        pixels = torch.cat([batch["pixel_values"] for batch in block]).to(device)
+        images = [batch["num_images"] for batch in block]
+        steps.append(HeldStep(inputs, images, pixels, sum(map(num_supervised, block))))
+    return steps
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ clock on the wall. The loop is ended by `Enough` once enough steps are known.
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 import warnings
 from collections import defaultdict
@@ -34,17 +35,21 @@ class Enough(Exception):
 
 @dataclass
 class Budget:
-    """How much is measured of each configuration."""
+    """How much is measured of a configuration, in steps of the optimiser."""
 
     warm_up: int = 10
     steps: int = 40
     seconds: float = 60.0
     """Of warm-up and steps; behind it the timed steps end, though not before `fewest` of them."""
-    rooms: int = 4
-    """Steps whose rooms are told apart, after the timed ones."""
-    syncs: int = 2
-    """Steps in which waits for the device are counted, after those."""
     fewest: int = 5
+    rooms: int = 4
+    """Steps whose rooms are told apart, and in which waits for the device are counted, after the timed ones."""
+
+    def over(self, accumulation: int) -> Budget:
+        """The same number of micro-batches, in steps of several."""
+        shares = (self.warm_up, self.steps, self.fewest, self.rooms)
+        warm_up, steps, fewest, rooms = (math.ceil(share / accumulation) for share in shares)
+        return Budget(warm_up, steps, self.seconds, max(2, fewest), rooms)
 
 
 @dataclass
@@ -106,20 +111,19 @@ class Stopwatch:
         if self.phase == "steps":
             self.ends.append(self.moment())
         late = time.perf_counter() - self.began > self.budget.seconds
-        if self.phase == "warm-up" and (self.done >= self.budget.warm_up or (late and self.done >= 3)):
+        if self.phase == "warm-up" and (self.done >= self.budget.warm_up or (late and self.done >= 2)):
             self.wait()
             self.warmed_up, self.graphs = self.done, graphs()
             self.enter("steps")
             self.ends.append(self.moment())
         elif self.phase == "steps" and (self.done >= self.budget.steps or (late and self.done >= self.budget.fewest)):
             self.enter("rooms")
-        elif self.phase == "rooms" and self.done >= self.budget.rooms:
-            self.mark("end")
-            self.enter("syncs")
             if self.device.type == "cuda":
                 torch.cuda.set_sync_debug_mode("warn")
-        elif self.phase == "syncs" and self.done >= self.budget.syncs:
+        elif self.phase == "rooms" and self.done >= self.budget.rooms:
+            self.mark("end")
             self.wait()
+            self.lap(self.phase)
             self.recompiled = graphs() - self.graphs
             raise Enough
         self.tick(f"{self.phase} {self.done}")

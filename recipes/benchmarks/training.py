@@ -61,9 +61,10 @@ def measure(
         if left < LEAST_SECONDS:
             numbers: dict[str, Any] = {"error": f"no time left of --minutes {minutes:g}"}
         else:
-            budget = Budget(seconds=SHARE * left / (len(rows) - place))
-            budget = replace(budget, warm_up=4, steps=8, rooms=2, syncs=1) if quick else budget
-            numbers = attempt(row, budget, device, say, TOKENS if device.type == "cuda" else TINY_TOKENS)
+            share = row.weight / sum(other.weight for other in rows[place:])
+            budget = Budget(seconds=SHARE * left * share)
+            budget = replace(budget, warm_up=4, steps=12, rooms=2) if quick else budget
+            numbers = attempt(row, budget.over(row.accumulation), device, say, TOKENS if device.type == "cuda" else TINY_TOKENS)
         found["rows"][row.name] = {**asdict(row), **numbers, "wall_seconds": time.perf_counter() - start}
         write(found)
     return found
@@ -174,11 +175,11 @@ def product_run(
         train = product.settings(row, folder, number, bf16=device.type == "cuda")
         data = product.data_settings(length, workers(device))
         plan = product.plan_of(index, data, train)
-        shape = {"seq_length": length, "rows": number, "fill": plan.fill()}
+        shape = {"seq_length": length, "rows": number, "accumulation": row.accumulation, "fill": plan.fill()}
         objective = product.AllLogits if row.full_logits else product.NextToken
         with watch.running():
             if row.way == "bare":
-                held = product.held(model, index, processor, plan, train, device)
+                held = product.held(model, index, processor, plan, data, train, device)
                 watch.look_at(own := objective(model))
                 exhaust(product.bare(model, held, train, own))
             product.loop(model, index, processor, data, train, device, watch, objective)
@@ -243,7 +244,7 @@ def told(watch: Stopwatch, works: Sequence[Work], cost: Cost, peak: float) -> di
         "warm_up": watch.warmed_up,
         "rooms": watch.room_seconds(),
         "laps": watch.laps,
-        "syncs_per_step": len(watch.syncs) / watch.budget.syncs,
+        "syncs_per_step": len(watch.syncs) / watch.budget.rooms,
         "sync_places": sorted(set(watch.syncs)),
         "recompiled": watch.recompiled,
     }
