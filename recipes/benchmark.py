@@ -19,7 +19,7 @@ import sys
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import tyro
 from rich.console import Console
@@ -27,6 +27,9 @@ from rich.table import Table
 
 from benchmarks.report import fill_table, machine, rate_table
 from mllm.quiet import quiet_libraries
+
+GOES_ON = "MLLM_BENCHMARK_GOES_ON"
+"""Set for a process that takes over: the file with what is known."""
 
 
 def data(
@@ -91,9 +94,12 @@ def train(
 
             try:
                 rows = training.chosen(only)
+                keep = partial(write, json_path)
+                found = training.measure(rows, minutes, quick, keep, status.update, known=go_on(json_path))
             except ValueError as error:
                 sys.exit(str(error))
-            found = training.measure(rows, minutes, quick, partial(write, json_path), status.update)
+            except training.DeviceLost as error:
+                begin_anew(json_path, error)
         else:
             from benchmarks import counted, ratios
 
@@ -157,6 +163,20 @@ def peers(json_path: Annotated[Path | None, tyro.conf.arg(name="json")] = None, 
     finish(Console(width=None if sys.stdout.isatty() else 160), tables, found, json_path)
     if wrong := disagreement(found):
         sys.exit(wrong)
+
+
+def begin_anew(json_path: Path | None, error: Exception) -> NoReturn:
+    """In the place of this process one that goes on with what is missing."""
+    if json_path is None:
+        sys.exit(f"the device is lost ({error}): with --json another process would go on")
+    os.environ[GOES_ON] = str(json_path)
+    os.execv(sys.executable, sys.orig_argv)
+
+
+def go_on(json_path: Path | None) -> dict[str, Any] | None:
+    """What the process before this one has found."""
+    told = os.environ.get(GOES_ON)
+    return json.loads(Path(told).read_text()) if told and told == str(json_path) else None
 
 
 def write(json_path: Path | None, found: dict[str, Any]) -> None:

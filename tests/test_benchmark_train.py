@@ -94,8 +94,7 @@ def test_what_fails_says_so_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch
 
     told: list[int] = []
     monkeypatch.setattr(training, "draw_model", draw_some)
-    budget = Budget(warm_up=1, steps=2, rooms=1, syncs=1)
-    monkeypatch.setattr(training, "Budget", lambda **_: budget)
+    monkeypatch.setattr(training, "Budget", lambda **_: Budget(warm_up=8, steps=16, rooms=8))
     monkeypatch.setattr(training, "TINY_TOKENS", 128)
     rows = training.chosen(["B4 1.5B", "U 1.5B"])
     found = training.measure(rows, 1.0, False, lambda found: told.append(len(found["rows"])), lambda words: None, CPU)
@@ -111,6 +110,21 @@ def test_what_fails_says_so_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch
     table = markdown(rate_table(found)).splitlines()
     assert [line.count("|") for line in table] == [len(HEADS) + 1] * 4
     assert "out of memory" in table[2]
+
+
+def test_another_process_goes_on_where_a_device_was_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(row: Any, *_: Any) -> dict[str, Any]:
+        return {"error": "an illegal access"} if row.name == "B4 1.5B" else {"tokens_per_second": 1.0}
+
+    kept: list[dict[str, Any]] = []
+    monkeypatch.setattr(training, "attempt", lost)
+    monkeypatch.setattr(training, "works", lambda device: False)
+    rows = training.chosen(["B0 1.5B", "B4 1.5B", "U 1.5B"])
+    with pytest.raises(training.DeviceLost, match="an illegal access"):
+        training.measure(rows, 1.0, False, kept.append, lambda words: None, CPU)
+    assert list(kept[-1]["rows"]) == ["B0 1.5B", "B4 1.5B"]
+    found = training.measure(rows, 1.0, False, kept.append, lambda words: None, CPU, known=kept[-1])
+    assert [list(row)[-2] for row in found["rows"].values()] == ["tokens_per_second", "error", "tokens_per_second"]
 
 
 def test_a_name_that_nothing_begins_with_is_refused() -> None:
@@ -129,7 +143,7 @@ def test_the_naive_way_gets_half_the_batch_where_memory_runs_out(monkeypatch: py
 
     monkeypatch.setattr(training, "one", one)
     rows = [stage_2("7B")[1], default("7B")]
-    answers = [training.attempt(row, Budget(), CPU, lambda words: None, 128) for row in rows]
+    answers = [training.attempt(row, Budget(), CPU, lambda words: None) for row in rows]
     assert tried == [16, 8, 4, 16]
     assert answers == [{"batch": 4}, {"error": "out of memory"}]
 
@@ -138,7 +152,7 @@ def test_the_rooms_of_a_step_make_up_the_step() -> None:
     parts = nn.ModuleDict({"encoder": nn.Linear(4, 4), "LLM": nn.Linear(4, 4)})
     whole = nn.Sequential(parts["encoder"], parts["LLM"])
     optimizer = torch.optim.SGD(whole.parameters(), lr=0.1)
-    watch = Stopwatch(Budget(warm_up=3, steps=4, rooms=5, syncs=1), CPU, rooms=dict(parts))
+    watch = Stopwatch(Budget(warm_up=3, steps=4, rooms=5), CPU, rooms=dict(parts))
     watch.look_at(whole)
     steps = 0
     with watch.running():
@@ -157,7 +171,7 @@ def test_the_rooms_of_a_step_make_up_the_step() -> None:
 def test_enough_leaves_no_hook_behind() -> None:
     part = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(part.parameters(), lr=0.1)
-    watch = Stopwatch(Budget(warm_up=1, steps=1, rooms=1, syncs=1), CPU)
+    watch = Stopwatch(Budget(warm_up=1, steps=1, rooms=1), CPU)
     with watch.running():
         raise Enough
     optimizer.step()

@@ -6,6 +6,7 @@ configuration; one that fails (memory, a missing package) says so in its row, an
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import statistics
 import time
@@ -39,6 +40,10 @@ GEMM = 8192
 Say = Callable[[str], None]
 
 
+class DeviceLost(Exception):
+    """After an illegal access a device does nothing more for this process."""
+
+
 def measure(
     rows: Sequence[Configuration],
     minutes: float,
@@ -46,28 +51,48 @@ def measure(
     write: Callable[[dict[str, Any]], None],
     say: Say,
     device: torch.device | None = None,
+    known: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """All rows; `write` is handed what is known after each. A CPU gets tiny ones."""
-    began = time.perf_counter()
+    """All rows but those `known` from an earlier process; `write` is handed what is known after each. A CPU gets tiny
+    ones.
+
+    Raises:
+        DeviceLost: another process must go on.
+    """
     device = device or torch.device("cuda")
     if device.type == "cpu":
         rows = [tiny(row) for row in rows]
     say("the ceiling of matrix products")
-    found: dict[str, Any] = {"minutes": minutes, "quick": quick, "ceiling": ceiling(device), "rows": {}}
-    found["peak"] = peak_flops(device, torch.bfloat16)
+    found = known or {"began": time.time(), "minutes": minutes, "quick": quick, **limits(device), "rows": {}}
+    rows = [row for row in rows if row.name not in found["rows"]]
     for place, row in enumerate(rows):
-        start = time.perf_counter()
-        left = minutes * 60 - (start - began)
+        start = time.time()
+        left = minutes * 60 - (start - found["began"])
         if left < LEAST_SECONDS:
             numbers: dict[str, Any] = {"error": f"no time left of --minutes {minutes:g}"}
         else:
             share = row.weight / sum(other.weight for other in rows[place:])
             budget = Budget(seconds=SHARE * left * share)
             budget = replace(budget, warm_up=4, steps=12, rooms=2) if quick else budget
-            numbers = attempt(row, budget.over(row.accumulation), device, say, TOKENS if device.type == "cuda" else TINY_TOKENS)
-        found["rows"][row.name] = {**asdict(row), **numbers, "wall_seconds": time.perf_counter() - start}
+            numbers = attempt(row, budget.over(row.accumulation), device, say)
+        found["rows"][row.name] = {**asdict(row), **numbers, "wall_seconds": time.time() - start}
         write(found)
+        if "error" in numbers and not works(device):
+            raise DeviceLost(numbers["error"])
     return found
+
+
+def limits(device: torch.device) -> dict[str, float]:
+    """Operations a second that a product of large matrices comes to, and those of the data sheet."""
+    return {"ceiling": ceiling(device), "peak": peak_flops(device, torch.bfloat16)}
+
+
+def works(device: torch.device) -> bool:
+    """Does the device still answer?"""
+    try:
+        return bool(torch.ones(1, device=device).item())
+    except RuntimeError:
+        return False
 
 
 def chosen(only: Sequence[str] | None) -> list[Configuration]:
@@ -88,26 +113,27 @@ def tiny(row: Configuration) -> Configuration:
     return replace(row, llm="tiny", encoder="tiny", attention="sdpa", fp8=False)
 
 
-def attempt(row: Configuration, budget: Budget, device: torch.device, say: Say, tokens: int) -> dict[str, Any]:
+def attempt(row: Configuration, budget: Budget, device: torch.device, say: Say) -> dict[str, Any]:
     """The numbers of one configuration, or why there are none. The naive way is given half the batch where memory
     runs out."""
     batch = naive.BATCH
     while True:
         try:
-            return one(row, budget, device, say, tokens, batch)
+            return one(row, budget, device, say, batch)
         except torch.OutOfMemoryError:
             why = "out of memory"
         except Exception as error:  # whatever it is, the other rows are worth having
             why = f"{type(error).__name__}: {error}"
             why = "out of memory" if "out of memory" in why else why[:300]
         finally:
-            forget(device)
+            with contextlib.suppress(RuntimeError):  # of a device that is lost
+                forget(device)
         if why != "out of memory" or row.way != "naive" or batch == 1:
             return {"error": why}
         batch //= 2
 
 
-def one(row: Configuration, budget: Budget, device: torch.device, say: Say, tokens: int, batch: int) -> dict[str, Any]:
+def one(row: Configuration, budget: Budget, device: torch.device, say: Say, batch: int) -> dict[str, Any]:
     """Build, train, look at the watch."""
     say(f"{row.name}: building")
     watch = Stopwatch(budget, device, lambda words: say(f"{row.name}: {words}"))
@@ -123,7 +149,7 @@ def one(row: Configuration, budget: Budget, device: torch.device, say: Say, toke
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     run = naive_run if row.way == "naive" else product_run
-    shape, numbers = run(row, model, index, processor, watch, device, tokens, batch)
+    shape, numbers = run(row, model, index, processor, watch, device, batch)
     watch.lap("ending")
     works = [work_of(index, step) for step in numbers(watch.warmed_up, len(watch.step_seconds()))]
     return {**shape, **told(watch, works, cost, peak_flops(device, torch.bfloat16)), "peak_memory": peak_memory(device)}
@@ -136,7 +162,6 @@ def naive_run(
     processor: Any,
     watch: Stopwatch,
     device: torch.device,
-    tokens: int,
     batch: int,
 ) -> tuple[dict[str, Any], Callable[[int, int], list[Any]]]:
     """Its shape, and the samples of its steps."""
@@ -166,11 +191,10 @@ def product_run(
     processor: Any,
     watch: Stopwatch,
     device: torch.device,
-    tokens: int,
     batch: int,
 ) -> tuple[dict[str, Any], Callable[[int, int], list[Any]]]:
     """Its shape, and the samples of its steps."""
-    length, number = product.layout(index.length, tokens)
+    length, number = product.layout(index.length, TOKENS if device.type == "cuda" else TINY_TOKENS)
     with product.scratch() as folder:
         train = product.settings(row, folder, number, bf16=device.type == "cuda")
         data = product.data_settings(length, workers(device))
