@@ -64,7 +64,7 @@ def take_turns(pairs: int, say: Callable[[str], None]) -> Seconds:
         plan = product.plan_of(index, data, train)
         tokens = [plan.counts(step)["tokens"] for step in range(pairs + WARM_UP)]
         models = [small_model(row), small_model(row), small_model(plain)]
-        held = product.held(models[1], index, processor, plan, train, CPU)
+        held = product.held(models[1], index, processor, plan, data, train, CPU)
         bare, all_logits = product.NextToken(models[1]), product.AllLogits(models[1])
         others = {
             "bare": cycled(product.bare(models[1], held, train, bare), tokens[: len(held)]),

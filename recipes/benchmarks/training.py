@@ -110,7 +110,7 @@ def chosen(only: Sequence[str] | None) -> list[Configuration]:
 
 def tiny(row: Configuration) -> Configuration:
     """What a CPU can do of it."""
-    return replace(row, llm="tiny", encoder="tiny", attention="sdpa", fp8=False)
+    return replace(row, llm="tiny", encoder="tiny", attention="sdpa", compiled=False, fp8=False)
 
 
 def attempt(row: Configuration, budget: Budget, device: torch.device, say: Say) -> dict[str, Any]:
