@@ -94,7 +94,7 @@ def test_what_fails_says_so_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch
 
     told: list[int] = []
     monkeypatch.setattr(training, "draw_model", draw_some)
-    monkeypatch.setattr(training, "Budget", lambda **_: Budget(warm_up=8, steps=16, rooms=8))
+    monkeypatch.setattr(training, "Budget", lambda **_: Budget(warm_up=1, steps=2, rooms=1))
     monkeypatch.setattr(training, "TINY_TOKENS", 128)
     rows = training.chosen(["B4 1.5B", "U 1.5B"])
     found = training.measure(rows, 1.0, False, lambda found: told.append(len(found["rows"])), lambda words: None, CPU)
@@ -166,6 +166,11 @@ def test_the_rooms_of_a_step_make_up_the_step() -> None:
     assert set(spent) == set(ROOMS) - {"connector"}
     began, ended = watch.marks[0][1], watch.marks[-1][1]
     assert sum(spent.values()) == pytest.approx((ended - began) / 5)
+
+
+def test_a_step_of_several_micro_batches_is_measured_over_as_many() -> None:
+    budget = Budget(warm_up=10, steps=40, fewest=5, rooms=4).over(8)
+    assert (budget.warm_up, budget.steps, budget.fewest, budget.rooms) == (2, 5, 2, 1)
 
 
 def test_enough_leaves_no_hook_behind() -> None:

@@ -43,9 +43,7 @@ class Configuration:
     def accumulation(self) -> int:
         """Micro-batches of a step, as large runs have several: the encoder takes the images of a step together. Fewer
         where a step would take many seconds."""
-        if self.way == "naive":
-            return 1
-        return 4 if self.llm in ("3B", "7B") else 8
+        return 1 if self.way == "naive" else {"tiny": 1, "small": 1, "3B": 4, "7B": 4}.get(self.llm, 8)
 
     @property
     def weight(self) -> float:
