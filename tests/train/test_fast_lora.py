@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from peft import PeftModel
 from torch import nn
 
@@ -127,7 +129,15 @@ def test_base_may_be_of_eight_bits() -> None:
     assert all(distance(ours[name], value) < 0.05 for name, value in theirs.items())
 
 
-def test_a_run_in_bfloat16_takes_it_and_writes_pefts_files(tmp_path: Path) -> None:
+@pytest.fixture
+def in_bfloat16() -> Iterator[Accelerator]:
+    """accelerate keeps the precision of a process: here for one test alone."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield Accelerator(cpu=True, mixed_precision="bf16")
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_run_in_bfloat16_takes_it_and_writes_pefts_files(tmp_path: Path, in_bfloat16: Accelerator) -> None:
     data, losses = write_llava(tmp_path), {}
     for name in ("fast", "peft"):
         train = settings(tmp_path / name, learning_rate=LearningRates(connector=1e-2, llm=1e-2), lora=LORA)
@@ -136,7 +146,7 @@ def test_a_run_in_bfloat16_takes_it_and_writes_pefts_files(tmp_path: Path) -> No
         with pytest.MonkeyPatch.context() as patch:
             if name == "peft":
                 patch.setattr(fast_lora, "convert", lambda model: 0)
-            run(data, train, model, accelerator=Accelerator(cpu=True, mixed_precision="bf16"))
+            run(data, train, model, accelerator=in_bfloat16)
         save_stage(train.output_dir, model, make_processor(), "model: {}\n")
         losses[name] = [loss for (loss,) in metrics(train.output_dir, "loss")]
     assert losses["fast"] == pytest.approx(losses["peft"], rel=5e-3)
@@ -144,5 +154,12 @@ def test_a_run_in_bfloat16_takes_it_and_writes_pefts_files(tmp_path: Path) -> No
     assert {n for n, _ in again.named_parameters()} == {n for n, _ in adapted(vision_lora=None).llm.named_parameters()}
 
 
-def test_a_run_in_float32_keeps_pefts_bits(tmp_path: Path) -> None:
-    assert fast_lora.switch_on(Accelerator(cpu=True), adapted(), "no") == 0
+def test_a_training_in_float32_keeps_pefts_bits_also_behind_one_in_bfloat16() -> None:
+    plain, fast = adapted(), adapted()
+    assert fast_lora.switch_on(Accelerator(cpu=True), fast, "no") == 0
+    number = sum(hasattr(module, "lora_A") for module in fast.modules())
+    assert fast_lora.switch_on(Accelerator(cpu=True), fast, "bf16") == number
+    assert fast_lora.switch_on(Accelerator(cpu=True), fast, "bf16") == number
+    assert fast_lora.switch_on(Accelerator(cpu=True), fast, "no") == 0
+    theirs, ours = outcome(plain, False), outcome(fast, False)
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())

@@ -35,10 +35,11 @@ TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 def switch_on(accelerator: Accelerator, model: MultimodalLM, mixed_precision: str) -> int:
     """Where it is exact but for rounding, and all is computed in half precision; the number of layers."""
-    is_half = mixed_precision == "bf16" or model.llm.dtype == torch.bfloat16
-    if "peft" not in sys.modules or not is_half or engine.shards_weights(accelerator):
+    if "peft" not in sys.modules:
         return 0
-    return convert(model)
+    restore(model)
+    is_half = mixed_precision == "bf16" or model.llm.dtype == torch.bfloat16
+    return convert(model) if is_half and not engine.shards_weights(accelerator) else 0
 
 
 def convert(model: nn.Module) -> int:
@@ -55,6 +56,16 @@ def convert(model: nn.Module) -> int:
                 layer.shared, layer.place = shared, place
         count += len(layers)
     return count
+
+
+def restore(model: nn.Module) -> None:
+    """Undo what an earlier training in this process did."""
+    from peft.tuners.lora.layer import Linear
+
+    for layer in model.modules():
+        if isinstance(layer, fast_linear()):
+            del layer.shared, layer.place
+            layer.__class__ = Linear  # type: ignore[assignment]
 
 
 def groups(layers: dict[str, Any]) -> Iterator[list[Any]]:

@@ -42,6 +42,7 @@ def switch_on(accelerator: Accelerator, model: MultimodalLM, train: TrainConfig)
         ValueError: the device cannot, the LLM trains, or is held in another way.
     """
     check(accelerator, model, train)
+    restore(model)
     if train.fp8:
         model.to(accelerator.device)
         convert(model)
@@ -102,6 +103,14 @@ def convert(model: MultimodalLM) -> int:
         # not as buffers, which wrappers would send around and state dicts would hold
         module.forwards, module.backwards = quantise(weight), quantise(weight.t().contiguous())  # type: ignore[assignment]
     return len(found)
+
+
+def restore(model: MultimodalLM) -> None:
+    """Undo what an earlier training in this process did: its copies may be of other weights by now."""
+    for module in model.llm.modules():
+        if type(module) is FrozenFp8Linear:
+            del module.forwards, module.backwards
+            module.__class__ = nn.Linear  # type: ignore[assignment]
 
 
 def chosen(model: MultimodalLM) -> list[nn.Linear]:
