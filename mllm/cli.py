@@ -156,27 +156,31 @@ def export(
 def push(
     repo: Annotated[str, tyro.conf.Positional],
     model: Annotated[str, tyro.conf.Positional],
-    to: Literal["transformers", "merged", "adapter", "gguf"] = "transformers",
+    to: Literal["transformers", "merged", "adapter", "gguf"] | None = None,
     private: bool = False,
     dry_run: bool = False,
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None,
     check_with: Annotated[list[str], tyro.conf.UseAppendAction] = [],  # noqa: B006
+    exported: Path | None = None,
 ) -> None:
     """Export a model, prove it, and send it to the Hub with a card made from its run.
 
     Args:
         repo: OWNER/NAME; made if it is not there.
         model: Stage folder or Hub id of one.
-        to: Form, as of `mllm export`.
+        to: Form, as of `mllm export`; transformers where it is not given.
         private: Make the repository private.
         dry_run: List what would go up and print the card; send nothing.
-        dtype: Of the weights; auto is that of the frozen parts in training.
+        dtype: Of the weights; auto, that of the frozen parts in training, where it is not given.
         check_with: As of `mllm export`.
+        exported: Folder that `mllm export` made of this model: sent as it was proven, not exported again.
     """
     quiet_libraries()
     from mllm import hub
 
-    pushed = hub.push(repo, model, to, private, dry_run, dtype, list(check_with))
+    if exported:
+        hub.check_alone(to, dtype, list(check_with))
+    pushed = hub.push(repo, model, to or "transformers", private, dry_run, dtype or "auto", list(check_with), exported)
     print(*([pushed.card] if dry_run else []), *pushed.lines(), sep="\n")
 
 

@@ -6,14 +6,17 @@ them and the card. A model that export refuses never leaves the machine.
 
 from __future__ import annotations
 
+import os
+import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mllm import oracle
 from mllm.card import card, on_hub
 from mllm.config import RunConfig, load_config, stage_config
 from mllm.export import Dtype, Exported, To, export
+from mllm.export.seal import proven
 from mllm.generate import find_folder
 
 ALLOWED = (".safetensors", ".gguf", ".json", ".jinja", ".txt", ".model", ".md", ".yaml", ".py")
@@ -50,27 +53,54 @@ def push(
     dry_run: bool = False,
     dtype: Dtype = "auto",
     check_with: list[str] | None = None,
+    exported: Path | None = None,
 ) -> Pushed:
-    """Export, prove, describe, send.
+    """Export, prove, describe, send. What was `exported` before is not written and proven again.
 
     Raises:
-        ValueError: no such model, a proof that failed, a file that must not go up, or the Hub's refusal.
+        ValueError: no such model, a proof that failed, an export of something else, a file that must not go up, or the
+            Hub's refusal.
     """
     if repo.count("/") != 1 or not all(repo.split("/")):
         raise ValueError(f"{repo!r} is no name of a repository: expected OWNER/NAME")
     stage = find_folder(model)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / repo.rpartition("/")[2]
-        exported = export(model, folder, to, dtype, check_with)
+        found = copied(exported, stage, folder) if exported else export(model, folder, to, dtype, check_with)
         config = load_config(stage_config(stage))
-        text = card(repo, stage, config, exported, oracle.info(str(stage)))
+        text = card(repo, stage, config, found, oracle.info(str(stage)))
         (folder / "README.md").write_text(text)
         files = listing(folder)
         url = "" if dry_run else send(repo, folder, private)
-    return Pushed(repo, url, files, text, exported, local_parts(config, to))
+    return Pushed(repo, url, files, text, found, local_parts(config, found.to))
 
 
-def local_parts(config: RunConfig, to: To) -> str:
+def copied(exported: Path, stage: Path, folder: Path) -> Exported:
+    """A proven export under the name of the repository, by links where the disk allows: the card goes beside it."""
+    found = proven(exported, stage)
+    shutil.copytree(exported, folder, copy_function=link, ignore=shutil.ignore_patterns("README.md"))
+    return replace(found, folder=folder)
+
+
+def link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another disk
+        shutil.copy2(source, target)
+
+
+def check_alone(to: To | None, dtype: Dtype | None, check_with: list[str]) -> None:
+    """Stop where the command asks an export that is there for another form.
+
+    Raises:
+        ValueError: names the flags.
+    """
+    given = {"--to": to, "--dtype": dtype, "--check-with": check_with}
+    if named := [flag for flag, value in given.items() if value]:
+        raise ValueError(f"{', '.join(named)} beside --exported: the export is there, in its own form")
+
+
+def local_parts(config: RunConfig, to: str) -> str:
     """A stage folder names its frozen parts: said where they lie on this machine alone."""
     model = config.parts()
     here = [name for name in (*model.encoders(), model.llm) if not on_hub(name)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import yaml
 from export.stages import make_parts, make_stage
 from hub_server import TOKEN, Hub, running
 from mllm import cli
+from mllm.export import export
 from mllm.generate import Assistant
 from mllm.hub import push as push_here
 
@@ -110,6 +112,34 @@ def test_dry_run_lists_everything_and_sends_nothing(stage: Path, monkeypatch: py
     for name in ("README.md", "config.yaml", "connector.safetensors", "llm.safetensors", "library_name: mllm"):
         assert name in told
     assert "nothing was sent to me/never" in told
+
+
+def test_export_that_is_there_is_sent_as_it_was_proven(
+    stage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    made, own = export(str(stage), tmp_path / "out", "merged"), tmp_path / "stage"
+    shutil.copytree(stage, own)
+    monkeypatch.setattr("mllm.hub.export", None)  # nobody exports again
+    arguments = ["mllm", "push", "me/shapes", str(own), "--exported", str(made.folder), "--dry-run"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    cli.main()
+    told = capsys.readouterr().out
+    assert f"proven: {made.proofs[0]}" in told
+    assert "library_name: mllm" in told
+    assert "nothing was sent" in told
+    assert not (made.folder / "README.md").exists()
+    monkeypatch.setattr(sys, "argv", [*arguments, "--to", "merged"])
+    with pytest.raises(SystemExit, match="--to beside --exported"):
+        cli.main()
+    config = made.folder / "config.yaml"
+    config.write_text(config.read_text() + "\n")
+    with pytest.raises(ValueError, match=r"config\.yaml changed since"):
+        push_here("me/shapes", str(own), dry_run=True, exported=made.folder)
+    (own / "config.yaml").write_text((own / "config.yaml").read_text() + "\n")
+    with pytest.raises(ValueError, match="is not an export of"):
+        push_here("me/shapes", str(own), dry_run=True, exported=made.folder)
+    with pytest.raises(ValueError, match="holds no export"):
+        push_here("me/shapes", str(own), dry_run=True, exported=own)
 
 
 @pytest.mark.long

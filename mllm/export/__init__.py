@@ -62,13 +62,17 @@ def export(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return finish(exported, out)
+    return finish(exported, out, model)
 
 
-def finish(exported: Exported, out: Path) -> Exported:
+def finish(exported: Exported, out: Path, model: str) -> Exported:
     """Give the folder its name if every proof held."""
+    from mllm.export.seal import file_digests, stage_digest
+    from mllm.generate import find_folder
+
     partial = exported.folder
-    report = {**asdict(exported), "folder": out.name}
+    seal = {"stage": stage_digest(find_folder(model)), "files": file_digests(partial)}
+    report = {**asdict(exported), "folder": out.name, **seal}
     (partial / REPORT).write_text(json.dumps(report, indent=2) + "\n")
     failed = [proof for proof in exported.proofs if proof.faults]
     place = out.with_name(out.name + ".refused") if failed else out
