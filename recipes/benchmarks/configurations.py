@@ -87,7 +87,7 @@ def stage_1(llm: str) -> list[Configuration]:
         replace(best, name=f"B6 {llm}", words="B4 with kept features", cached=True),
         replace(best, name=f"B5 {llm}", words="B4 with fp8 in frozen layers", fp8=True),
     ]
-    return rows if llm == "1.5B" else [row for row in rows if row.name[:2] in ("B0", "B4", "U ", "B5")]
+    return rows if llm == "1.5B" else [row for row in rows if row.name[:2] in ("B0", "B4", "B5")]
 
 
 def stage_2(llm: str) -> list[Configuration]:

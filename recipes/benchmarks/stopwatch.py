@@ -40,8 +40,9 @@ class Budget:
     warm_up: int = 10
     steps: int = 40
     seconds: float = 60.0
-    """Of warm-up and steps; behind it the timed steps end, though not before `fewest` of them."""
-    fewest: int = 5
+    """Of warm-up and steps, from the end of the first one on, which compiles; behind it the timed steps end, though not
+    before `fewest` of them."""
+    fewest: int = 8
     rooms: int = 4
     """Steps whose rooms are told apart, and in which waits for the device are counted, after the timed ones."""
 
@@ -49,7 +50,7 @@ class Budget:
         """The same number of micro-batches, in steps of several."""
         shares = (self.warm_up, self.steps, self.fewest, self.rooms)
         warm_up, steps, fewest, rooms = (math.ceil(share / accumulation) for share in shares)
-        return Budget(warm_up, steps, self.seconds, max(2, fewest), rooms)
+        return Budget(warm_up, steps, self.seconds, max(3, fewest), rooms)
 
 
 @dataclass
@@ -108,6 +109,7 @@ class Stopwatch:
         self.done += 1
         if self.phase == "warm-up" and self.done == 1:
             self.lap("first step")
+            self.began = time.perf_counter()
         if self.phase == "steps":
             self.ends.append(self.moment())
         late = time.perf_counter() - self.began > self.budget.seconds
