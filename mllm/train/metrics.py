@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from rich import get_console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mllm.train.saving import durable
@@ -46,6 +47,7 @@ class Metrics:
             TimeRemainingColumn(),
             TextColumn("{task.fields[numbers]}"),
             disable=not self.is_main,
+            auto_refresh=get_console().is_terminal,  # by a thread, ten times a second, though a log file never shows it
         )
         # a terminal has the bar, a log file has nothing else
         self.log_every = train.log_every or (0 if self.bar.console.is_terminal else 1)
