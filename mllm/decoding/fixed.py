@@ -35,6 +35,12 @@ class FixedForward:
 
     def __call__(self) -> None:
         """Compute; the successor goes to `token`. One of width 1 is then ready for the next."""
+        self.token.copy_(self.logits()[0].argmax(-1, keepdim=True))
+        if self.width == 1:
+            self.positions.add_(1)
+
+    def logits(self) -> Tensor:
+        """Behind the last row [1, 1, vocabulary]."""
         new = {"input_ids": self.token} if self.width == 1 else {"inputs_embeds": self.embeddings}
         dtype = self.llm.dtype if self.attention == "eager" else None
         with self.fixed():
@@ -46,9 +52,7 @@ class FixedForward:
                 use_cache=True,
                 logits_to_keep=self.last,
             )
-        self.token.copy_(found.logits[0].argmax(-1, keepdim=True))
-        if self.width == 1:
-            self.positions.add_(1)
+        return found.logits
 
     @contextmanager
     def fixed(self) -> Iterator[None]:

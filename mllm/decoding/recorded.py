@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mllm.decoding.compiled import attention_for_one, compiled_layers, compiler
 from mllm.decoding.fixed import FixedForward
+from mllm.decoding.fused import FusedForward, fusable
 from mllm.decoding.greedy import Greedy
 from mllm.decoding.prompt import Prompt
 from mllm.models.multimodal import MultimodalLM
@@ -58,6 +59,8 @@ class RecordedGreedy(Greedy):
         self.compiled = compiler() if compiled else None
         self.recordings: dict[int, Recording] = {}
         self.capacity = 0
+        self.unfused = ""
+        """Why there are no kernels of our own, where they should fit."""
         self.refused = ""
         """Why there can be no recordings."""
         self.ahead = False
@@ -126,5 +129,21 @@ class RecordedGreedy(Greedy):
         llm, cache = self.model.llm, self.cache
         if width > 1 or not self.compiled:
             return Recording(FixedForward(llm, cache, width), nullcontext())
+        if fused := self.fused():
+            return Recording(fused, nullcontext())
         forward = FixedForward(llm, cache, 1, attention_for_one(llm))
         return Recording(forward, compiled_layers(llm, cache, self.compiled))
+
+    def fused(self) -> FusedForward | None:
+        """Kernels of our own where they fit and are right; else the layers are compiled as they are."""
+        if not fusable(self.model.llm):
+            return None
+        try:
+            with torch.no_grad():
+                forward = FusedForward(self.model.llm, self.cache)
+                forward.positions.fill_(len(self.marks))
+                forward.prove()
+        except Exception as error:  # a Triton too old for the device, say
+            self.unfused = (str(error).strip() or type(error).__name__).splitlines()[0]
+            return None
+        return forward

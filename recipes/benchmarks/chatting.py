@@ -101,8 +101,9 @@ def talk(model: MultimodalLM, processor: Processor, way: str, tokens: int, repea
     rounds = [turns(assistant, way, picture(seed + 1), tokens) for seed in range(repeats)]
     for name in rounds[0]:
         found[name] = statistics.median(each[name] for each in rounds)
-    if refused := getattr(assistant.greedy, "refused", ""):
-        found["refused"] = refused
+    for name in ("refused", "unfused"):
+        if why := getattr(assistant.greedy, name, ""):
+            found[name] = why
     if model.llm.device.type == "cuda":
         found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         found["kernels"] = kernels(assistant)
