@@ -65,7 +65,7 @@ class TrainConfig(Schema):
     Rows are filled up to `data.seq_length`, so that nothing is compiled twice. Same losses but for rounding."""
     encoder_batch: Positive | None = None
     """Images that go through the encoder at a time; a frozen encoder takes them over the micro-batches of a step, and
-    the last of a step are filled up with blank ones. Where it is not set, those of a micro-batch; with `compile` 32."""
+    the last of a step are filled up with blank ones. Where it is not set, those of a micro-batch."""
     feature_cache: NotNegative = 0
     """Gigabytes of memory for features of the frozen encoder, which then sees each image once; 0 keeps none."""
     eval_every: Positive | None = None

@@ -119,7 +119,7 @@ class Attempt:
         DDP sends gradients while the last backward pass runs, when no rank can leave it any more. Where a rank has
         a micro-batch larger than all before, each computes by itself, and the gradients travel afterwards.
         """
-        self.found: list[tuple[Batch, torch.Tensor, torch.Tensor]] = []
+        self.found: list[Found] = []
         self.rows_too_many = 0
         self.inputs = StepInputs(self.accelerator, self.model, parts, self.reduction)
         apart = self.is_alone or (self.is_ddp and untried)
@@ -191,7 +191,8 @@ class Attempt:
             ValueError: there a single row was too much.
         """
         sums = Sums(self.sources)
-        for batch, loss, losses in self.found:
+        found = on_host(self.found)
+        for batch, loss, losses in found:
             sums.add(batch, loss, losses)
         self.beat("summing the loss")
         failed = [float(self.rows_too_many > 0), float(self.rows_too_many == 1)]
@@ -202,10 +203,24 @@ class Attempt:
             stop_out_of_memory(1, gather_object(self.too_large if self.rows_too_many == 1 else []))
         self.numbers = sums.numbers(summed, self.total)
         if self.guard and not ran_out:
-            self.guard.look([(batch, float(loss), weight_sum(batch, self.reduction)) for batch, loss, _ in self.found])
+            self.guard.look([(batch, float(loss), weight_sum(batch, self.reduction)) for batch, loss, _ in found])
             if self.zero and self.guard.refuses(self.numbers["loss"]):
                 self.scale = math.nan  # DeepSpeed steps in the last backward pass, and not where the gradient is nan
         return not ran_out
+
+
+Found = tuple[Batch, torch.Tensor, torch.Tensor]
+"""A micro-batch, its weighted sum, and the loss of each supervised token [K]."""
+
+
+def on_host(found: Sequence[Found]) -> list[Found]:
+    """The same in float64, by one copy: each copy would wait for the device."""
+    if not found:
+        return []
+    sizes = [1 + len(losses) for _, _, losses in found]
+    flat = torch.cat([part.double() for _, loss, losses in found for part in (loss.view(1), losses)]).cpu()
+    parts = flat.split(sizes)
+    return [(batch, part[0], part[1:]) for (batch, _, _), part in zip(found, parts, strict=True)]
 
 
 def stop_out_of_memory(rows: int, where: Sequence[str], error: BaseException | None = None) -> NoReturn:

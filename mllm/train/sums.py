@@ -31,13 +31,13 @@ class Sums:
         """Unweighted losses and supervised tokens."""
 
     def add(self, batch: Batch, loss: Tensor, losses: Tensor) -> None:
-        """One micro-batch: its weighted sum, and the loss of each supervised token [K]."""
+        """One micro-batch: its weighted sum, and the loss of each supervised token [K], on the host."""
         self.loss += float(loss.detach())
         self.images += batch["num_images"]
         numbers = [number for row in batch["sources"] for number in row] if self.sources else []
         # without names all tokens are of one source
         of_token = torch.tensor(numbers)[owners(batch)] if numbers else torch.zeros(len(losses), dtype=torch.int64)
-        losses, bins = losses.double().cpu(), self.by_source.shape[1]
+        losses, bins = losses.double(), self.by_source.shape[1]
         self.by_source += torch.stack([of_token.bincount(losses, bins), of_token.bincount(None, bins).double()])
 
     def values(self) -> list[float]:
@@ -57,7 +57,9 @@ class Sums:
 
 
 def global_sums(accelerator: Accelerator, values: Sequence[float]) -> list[float]:
-    """The sum of each number over all ranks, in one message."""
+    """The sum of each number over all ranks, in one message; one rank alone asks no device."""
+    if accelerator.num_processes == 1:
+        return list(values)
     dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64  # Apple's GPU has no float64
     summed: Tensor = accelerator.reduce(torch.tensor(values, dtype=dtype, device=accelerator.device), "sum")
     return summed.tolist()

@@ -3,8 +3,8 @@ in for the kernel. `tests/test_gpu.py` asks the kernels themselves."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,12 +18,13 @@ from mllm.models.multimodal import MultimodalLM
 from mllm.models.packed import choice, kernels
 from mllm.models.packed.boundaries import LENGTHS, SAMPLES, as_mask, boundaries, from_mask, sample_starts
 from mllm.models.packed.choice import check_attention, implementation, prove
+from mllm.models.packed.function import register
 from mllm.train.losses import NextToken, model_inputs
 from mllm.types import Batch
 
 CPU, SHAPE = torch.device("cpu"), (3, 28, 28)
 FAMILIES = [family for family in LLM_CONFIGS if family != "gemma2"]
-implementation("sdpa", None)  # makes the names known
+register()  # makes the names known
 
 
 def batches(rows: list[list[int]]) -> Batch:
@@ -141,14 +142,13 @@ def newest(query, key, value, starts_q, starts_k, max_q, max_k, *, scale=None, w
 def test_every_signature_of_torchs_kernel_is_called_for_the_same_result(
     torchs: Callable[..., Tensor], window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = ModuleType("torch.nn.attention.varlen")
-    module.varlen_attn = torchs  # type: ignore[attr-defined]
-    monkeypatch.setitem(__import__("sys").modules, "torch.nn.attention.varlen", module)
-    monkeypatch.setattr(kernels, "varlen_parameters", kernels.varlen_parameters.__wrapped__)
+    names = frozenset(inspect.signature(torchs).parameters)
+    monkeypatch.setattr(kernels, "varlen_attn", torchs)
+    monkeypatch.setattr(kernels, "VARLEN", names)
     drawn = [torch.randn(20, heads, 8, generator=torch.Generator().manual_seed(0)) for heads in (4, 2, 2)]
     starts = torch.tensor([0, 6, 7, 20, 20], dtype=torch.int32)
     if window and torchs is old:
-        monkeypatch.setattr(choice, "varlen_parameters", kernels.varlen_parameters)
+        monkeypatch.setattr(choice, "VARLEN", names)
         said = choice.obstacles("varlen", make_llm("mistral").config)
         assert any("no sliding window" in words for words in said)
         return

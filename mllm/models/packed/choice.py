@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mllm.models.packed.boundaries import Boundaries, as_mask, boundaries
 from mllm.models.packed.function import NAMES, register
-from mllm.models.packed.kernels import has_flash, varlen_parameters
+from mllm.models.packed.kernels import VARLEN, has_flash
 
 Attention = Literal["auto", "varlen", "flash", "flex", "by_sample", "sdpa", "eager"]
 IMPLEMENTATIONS = {name: own for own, name in NAMES.items()} | {"flex": "flex_attention"}
@@ -31,6 +31,10 @@ def implementation(choice: Attention, config: Any) -> str:
     register()
     if choice == "auto":
         choice = best(config)
+    if choice == "sdpa" and beyond_sdpa(config):
+        raise ValueError(
+            "attention implementation sdpa leaves out what this LLM does to its scores: set model.attention to eager"
+        )
     return IMPLEMENTATIONS.get(choice, choice)
 
 
@@ -42,10 +46,14 @@ def best(config: Any) -> Attention:
     for kernel in kernels:
         if not obstacles(kernel, config):
             return kernel
-    kind = llm_class(config)
-    if not getattr(kind, "_supports_sdpa", True) and getattr(kind, "_supports_flex_attn", False):
-        return "flex"
-    return "sdpa"
+    return "flex" if beyond_sdpa(config) and getattr(llm_class(config), "_supports_flex_attn", False) else "sdpa"
+
+
+def beyond_sdpa(config: Any) -> bool:
+    """Does this LLM's attention do more than sdpa? transformers 5.17 would
+    leave the cap of Gemma 2 out in silence."""
+    caps = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    return bool(caps) or not getattr(llm_class(config), "_supports_sdpa", True)
 
 
 def llm_class(config: Any) -> Any:
@@ -58,7 +66,7 @@ def llm_class(config: Any) -> Any:
 def obstacles(kernel: Attention, config: Any) -> list[str]:
     """What stands in the way of a kernel for many lengths, on this machine and for this LLM."""
     found = []
-    if kernel == "varlen" and not varlen_parameters():
+    if kernel == "varlen" and not VARLEN:
         found.append(f"torch {torch.__version__} has no torch.nn.attention.varlen")
     if kernel == "flash" and not has_flash():
         found.append("flash-attn is not installed: pip install 'mllm[flash]'")
@@ -71,7 +79,7 @@ def obstacles(kernel: Attention, config: Any) -> list[str]:
     text, kind = config.get_text_config(), llm_class(config)
     if not getattr(kind, "_supports_attention_backend", False):
         found.append("this LLM has an attention of its own")
-    if not getattr(kind, "_supports_sdpa", False):
+    if beyond_sdpa(config):
         found.append("this LLM's attention is more than sdpa computes (it caps its scores, or has sinks)")
     if strange := set(getattr(text, "layer_types", None) or ()) - KNOWN_LAYERS:
         found.append(f"this LLM has layers of {', '.join(sorted(strange))}")
@@ -80,7 +88,7 @@ def obstacles(kernel: Attention, config: Any) -> list[str]:
         found.append(f"a head of {width} numbers: expected a multiple of 8 up to {WIDEST}")
     if getattr(text, "attention_dropout", 0):
         found.append("this LLM drops attention out (attention_dropout)")
-    if kernel == "varlen" and "window_size" not in varlen_parameters() and getattr(text, "sliding_window", None):
+    if kernel == "varlen" and "window_size" not in VARLEN and getattr(text, "sliding_window", None):
         found.append(f"the varlen of torch {torch.__version__} knows no sliding window")
     return found
 

@@ -22,6 +22,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+try:
+    from torch.nn.attention.varlen import varlen_attn
+
+    VARLEN = frozenset(inspect.signature(varlen_attn).parameters)
+except ImportError:
+    VARLEN = frozenset()
+"""Names that torch's function takes; none where this torch has no such function."""
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, int, float, int | None], Tensor]
 """query, key, value, starts, longest, scale, window."""
 
@@ -30,33 +37,20 @@ def varlen(
     query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, scale: float, window: int | None
 ) -> Tensor:
     """torch.nn.attention.varlen, whose parameters differ from one torch to the next."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    named = varlen_parameters()
     given: dict[str, Any] = {}
-    if "window_size" in named:  # -1 without an end; the token itself is not counted
+    if "window_size" in VARLEN:  # -1 without an end; the token itself is not counted
         given["window_size"] = (-1 if window is None else window - 1, 0)
     else:  # torch 2.10
         assert window is None, "checked in choice.py"
         given["is_causal"] = True
-    if "scale" in named:
+    if "scale" in VARLEN:
         given["scale"] = scale
     else:
         query = query * (scale * query.shape[-1] ** 0.5)
-    if "enable_gqa" in named:
+    if "enable_gqa" in VARLEN:
         given["enable_gqa"] = key.shape[1] != query.shape[1]
     call: Any = varlen_attn
     return call(query, key, value, starts, starts, longest, longest, **given)
-
-
-@functools.cache
-def varlen_parameters() -> frozenset[str]:
-    """Names that torch's function takes; none where this torch has no such function."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return frozenset()
-    return frozenset(inspect.signature(varlen_attn).parameters)
 
 
 def flash(

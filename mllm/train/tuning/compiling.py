@@ -3,12 +3,14 @@
 Enters: a model whose trainable parts are chosen, before an engine wraps or shards it. Leaves: the same model, each
 block of its LLM and of its encoder compiled by torch. All blocks of a part are alike, so that one is compiled and
 serves all of them; what lies between blocks (embeddings, splice, connector, loss) changes its shape from micro-batch
-to micro-batch and is left alone. Rows of one length, images in groups of one size and boundaries of samples without a
-fixed number (`packed/boundaries.py`) keep what is compiled valid for the whole run.
+to micro-batch and is left alone. What is compiled stays valid for the whole run: rows have one length, and the number
+of images and of samples is left open (an H200 encodes as fast so as with a fixed number).
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,8 +27,6 @@ if TYPE_CHECKING:
     from mllm.data.loader import DataConfig
     from mllm.train.settings import TrainConfig
 
-GROUP = 32
-"""Images at a time: of SO400M-384 on an H200, 571 a second in groups of 8, 632 of 16, 662 of 32, 641 of 64."""
 BACKEND = "inductor"
 VARIANTS = 64
 """Of one block's code: with and without gradients, in training and in use, by kinds of layers. torch stops at 8, and
@@ -65,11 +65,9 @@ def check(accelerator: Accelerator, train: TrainConfig, data: DataConfig, quanti
 
 
 def switch_on(accelerator: Accelerator, model: MultimodalLM, train: TrainConfig, data: DataConfig) -> None:
-    """Compile the blocks, and let the encoder see its images in groups. A sharded encoder stays as it is: its ranks
-    have to call it alike."""
+    """Compile the blocks, and let the encoder see its images in groups, where that is asked for."""
     check(accelerator, train, data, "nf4" if is_quantised(model.llm) else None)
-    is_whole = not fsdp.requested() and zero.stage(accelerator) != 3
-    model.encoder_batch = (train.encoder_batch or (GROUP if train.compile else None)) if is_whole else None
+    model.encoder_batch = train.encoder_batch
     if not train.compile:
         return
     if model.llm.config._attn_implementation == "mllm_by_sample":
@@ -77,9 +75,23 @@ def switch_on(accelerator: Accelerator, model: MultimodalLM, train: TrainConfig,
             "train.compile with model.attention by_sample, which looks at each sample: set model.attention to sdpa"
         )
     torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
-    for block in [*llm_blocks(model.llm), *(encoder_blocks(model.vision_encoder) if is_whole else [])]:
-        # its forward alone: hooks around it (the tap of an encoder, what FSDP2 puts together) stay as they are
+    model.fewest_images = 2
+    # forward alone: hooks around it (the tap of an encoder, what FSDP2 puts together) stay as they are
+    for block in llm_blocks(model.llm):
         block.forward = torch.compile(block.forward, backend=BACKEND)  # type: ignore[method-assign]
+    for block in encoder_blocks(model.vision_encoder):
+        block.forward = of_any_number(torch.compile(block.forward, backend=BACKEND))  # type: ignore[method-assign]
+
+
+def of_any_number(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled once for any number of images from two on: of one alone torch makes code that knows it is one."""
+
+    @functools.wraps(forward)
+    def marked(*given: Any, **named: Any) -> Any:
+        torch._dynamo.maybe_mark_dynamic(given[0] if given else named["hidden_states"], 0)
+        return forward(*given, **named)
+
+    return marked
 
 
 def llm_blocks(llm: Any) -> list[nn.Module]:
