@@ -1,6 +1,6 @@
 """Compiled blocks say what the plain ones say, and nothing is compiled anew while samples, images and rows change.
 
-Here blocks are traced and run by `aot_eager`, which is quick; the code that inductor writes is tried in `test-long`.
+Here blocks are traced and run by `aot_eager`, which is quick; `test-long` tries the code that inductor writes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mllm.train.trainable import LearningRates
 from mllm.train.tuning import compiling
 from runs import LORA, chosen_model, metrics, run, settings
 
-STEPS = 5
+STEPS = 4
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +71,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["align", "lora, checkpointing", pytest.param("all three", marks=pytest.mark.long)])
 def test_compiled_run_has_the_same_losses_and_compiles_nothing_after_its_first_step(
     way: str, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,6 +87,17 @@ def test_compiled_run_has_the_same_losses_and_compiles_nothing_after_its_first_s
     assert seen[0] > 0
     assert seen == [seen[0]] * STEPS
     assert not counters["graph_break"]
+
+
+@pytest.mark.long
+def test_code_of_inductor_has_the_same_losses(mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "BACKEND", "inductor")
+    plain, compiled = (settings(tmp_path / name, compile=name == "yes") for name in ("no", "yes"))
+    for train in (plain, compiled):
+        run(mixed, train, chosen_model(train))
+    for ours, theirs in zip(metrics(compiled.output_dir), metrics(plain.output_dir), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    assert counters["stats"]["unique_graphs"] > 0
 
 
 def test_images_in_groups_over_a_step_are_those_of_each_micro_batch(mixed: Path, tmp_path: Path) -> None:
