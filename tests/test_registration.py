@@ -6,17 +6,17 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from export.stages import make_parts, make_stage
 from mllm.export.proof import as_parts, questions
 from mllm.export.trained import load
 from mllm.export.transformers_folder import write_files
 from mllm.generate import Assistant
-from mllm.models.connectors import PixelShuffleConnector
+from mllm.models.connectors import MLPConnector, PixelShuffleConnector, QFormerConnector
 
 BOTH = "from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor\n"
 ORDERS = {
@@ -26,9 +26,8 @@ ORDERS = {
 }
 
 
-def orders(fast: str) -> list[Any]:
-    """One in the fast suite: a fresh process takes seconds."""
-    return [pytest.param(name, marks=[] if name == fast else pytest.mark.long) for name in ORDERS]
+each_order = pytest.mark.parametrize("order", ORDERS)
+"""Long: a fresh process takes seconds. The fast suite has one."""
 
 
 ASK = (
@@ -63,27 +62,61 @@ def test_import_loads_neither_transformers_nor_torch() -> None:
     assert run(f"import sys, mllm\nprint({heavy})") == "[]"
 
 
-@pytest.mark.parametrize("order", orders("mllm first"))
-def test_own_folders_load_without_remote_code(order: str, tmp_path: Path) -> None:
-    """An exported folder that no stock class holds; the stage itself; a stage that stock Llava holds."""
-    make_parts(tmp_path / "own", llm="qwen2")
-    make_parts(tmp_path / "llava", "siglip")
-    stage = make_stage(tmp_path / "own", PixelShuffleConnector(), lora=True)
-    llava = make_stage(tmp_path / "llava", image_fit="pad")
+def test_exported_folder_loads_without_remote_code(tmp_path: Path) -> None:
+    make_parts(tmp_path, llm="qwen2")
+    stage = make_stage(tmp_path, PixelShuffleConnector(), lora=True)
     write_files(load(str(stage)), tmp_path / "exported", torch.float32)
     sample = questions(tmp_path)[1]
-    ours = [Assistant.load(folder, "cpu").answer([sample], 8)[0] for folder in (stage, llava)]
-    folders = [tmp_path / "exported", stage, llava]
-    found = json.loads(run(ORDERS[order] + ASK, json.dumps(as_parts(sample)), *folders))
-    code, stock = "mllm.export.remote_code.modeling_mllm", "transformers.models.llava.modeling_llava"
+    ours = Assistant.load(stage, "cpu").answer([sample], 8)[0]
+    (found,) = json.loads(run(ORDERS["mllm first"] + ASK, json.dumps(as_parts(sample)), tmp_path / "exported"))
+    assert found == ["MllmConfig", "mllm.export.remote_code.modeling_mllm", "MllmForConditionalGeneration", ours]
+
+
+@pytest.mark.parametrize("home", ["MllmForConditionalGeneration", "LlavaForConditionalGeneration"])
+def test_stage_loads_as_what_it_would_be_exported_as(home: str, tmp_path: Path) -> None:
+    """In this process, which has imported mllm."""
+    make_parts(tmp_path, "siglip")
+    stage = make_stage(tmp_path, PixelShuffleConnector() if home.startswith("Mllm") else MLPConnector(), lora=True)
+    model, processor = AutoModelForImageTextToText.from_pretrained(stage), AutoProcessor.from_pretrained(stage)
+    assert (type(model).__name__, model.dtype) == (home, torch.float32)
+    sample = questions(tmp_path)[1]
+    inputs = processor.apply_chat_template(
+        as_parts(sample), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    ours = Assistant.load(stage, "cpu")
+    theirs = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert processor.decode(theirs, skip_special_tokens=True).strip() == ours.answer([sample], 8)[0]
+    half = AutoModelForImageTextToText.from_pretrained(stage, dtype="bfloat16")
+    assert half.dtype == torch.bfloat16
+
+
+def test_stage_that_is_not_exported_says_why(tmp_path: Path) -> None:
+    make_parts(tmp_path)
+    stage = make_stage(tmp_path, QFormerConnector(num_queries=2, hidden_size=16, num_heads=2, instruct=True))
+    with pytest.raises(ValueError, match="`instruct: true` is not exported"):
+        AutoModelForImageTextToText.from_pretrained(stage)
+    with pytest.raises(ValueError, match="`instruct: true` is not exported"):
+        AutoProcessor.from_pretrained(stage)
+
+
+@pytest.mark.long
+@each_order
+def test_stage_is_the_stock_class_that_holds_it(order: str, tmp_path: Path) -> None:
+    make_parts(tmp_path, "siglip")
+    stage = make_stage(tmp_path, image_fit="pad", lora=True)
+    sample = questions(tmp_path)[1]
+    ours = Assistant.load(stage, "cpu").answer([sample], 8)[0]
+    (found,) = json.loads(run(ORDERS[order] + ASK, json.dumps(as_parts(sample)), stage))
     assert found == [
-        ["MllmConfig", code, "MllmForConditionalGeneration", ours[0]],
-        ["MllmStageConfig", code, "MllmForConditionalGeneration", ours[0]],
-        ["MllmStageConfig", stock, "LlavaForConditionalGeneration", ours[1]],
+        "MllmStageConfig",
+        "transformers.models.llava.modeling_llava",
+        "LlavaForConditionalGeneration",
+        ours,
     ]
 
 
-@pytest.mark.parametrize("order", orders("mllm last"))
+@pytest.mark.long
+@each_order
 def test_every_auto_class_knows_ours(order: str) -> None:
     ask = """
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
