@@ -107,6 +107,9 @@ def train(
     found["machine"] = machine()
     tables = [report.rate_table, report.room_table] if has_gpu else [report.count_table, report.ratio_table]
     finish(Console(width=None if sys.stdout.isatty() else 160), [table(found) for table in tables], found, json_path)
+    if has_gpu:  # workers that were killed take long to end, and would be waited for
+        sys.stdout.flush()
+        os._exit(0)
 
 
 def chat(

@@ -114,7 +114,7 @@ def test_what_fails_says_so_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch
 
 def test_another_process_goes_on_where_a_device_was_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     def lost(row: Any, *_: Any) -> dict[str, Any]:
-        return {"error": "an illegal access"} if row.name == "B4 1.5B" else {"tokens_per_second": 1.0}
+        return {"error": "an illegal access"} if row.name == "B0 1.5B" else {"tokens_per_second": 1.0}
 
     kept: list[dict[str, Any]] = []
     monkeypatch.setattr(training, "attempt", lost)
@@ -122,13 +122,13 @@ def test_another_process_goes_on_where_a_device_was_lost(monkeypatch: pytest.Mon
     rows = training.chosen(["B0 1.5B", "B4 1.5B", "U 1.5B"])
     with pytest.raises(training.DeviceLost, match="an illegal access"):
         training.measure(rows, 1.0, False, kept.append, lambda words: None, CPU)
-    assert list(kept[-1]["rows"]) == ["B0 1.5B", "B4 1.5B"]
+    assert list(kept[-1]["rows"]) == ["B4 1.5B", "B0 1.5B"]
     found = training.measure(rows, 1.0, False, kept.append, lambda words: None, CPU, known=kept[-1])
     assert [list(row)[-2] for row in found["rows"].values()] == ["tokens_per_second", "error", "tokens_per_second"]
 
 
 def test_a_name_that_nothing_begins_with_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"no configuration begins with .*B9.*there are B0 1\.5B"):
+    with pytest.raises(ValueError, match=r"no configuration begins with .*B9.*there are B4 1\.5B"):
         training.chosen(["B9"])
 
 

@@ -59,12 +59,17 @@ class Configuration:
         return Lora(rank=16, alpha=32) if self.lora else None
 
 
+FIRST = ("B4 1.5B", "S2 7B", "B0 1.5B", "B4 7B", "S2 naive 7B", "B5 1.5B", "U 1.5B", "B0 7B", "B5 7B", "B4 0.5B")
+"""What says most, in this order."""
+
+
 def configurations() -> list[Configuration]:
     """All of them, in the order in which they are measured."""
-    main = [row for llm in ("1.5B", "7B") for row in stage_1(llm) if row.name.startswith(("B0", "B4", "U"))]
-    rest = [row for llm in ("1.5B", "7B") for row in stage_1(llm) if row not in main]
-    others = [replace(default(llm), beside="") for llm in ("0.5B", "3B")]
-    return [*main, *stage_2("7B"), *(row for row in rest if row.llm == "1.5B"), *stage_2("1.5B"), *others, *rest[-1:]]
+    known = [
+        *(row for llm in ("1.5B", "7B") for row in (*stage_1(llm), *stage_2(llm))),
+        *(replace(default(llm), beside="") for llm in ("0.5B", "3B")),
+    ]
+    return sorted(known, key=lambda row: FIRST.index(row.name) if row.name in FIRST else len(FIRST))
 
 
 def default(llm: str) -> Configuration:

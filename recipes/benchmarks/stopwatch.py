@@ -72,6 +72,8 @@ class Stopwatch:
     warmed_up: int = 0
     """Steps in front of the timed ones."""
     handles: list[Any] = field(default_factory=list)
+    loader: Any = None
+    """That of the loop."""
     laps: dict[str, float] = field(default_factory=dict)
     """Seconds on the wall of what a configuration does beside its steps too."""
     phase: str = "warm-up"
@@ -147,6 +149,7 @@ class Stopwatch:
 
     def loads(self, batches: Iterator[T]) -> Iterator[T]:
         """The batches, each with a mark before it is asked for and behind."""
+        self.loader = batches
         while True:
             self.mark("load")
             try:
@@ -184,6 +187,7 @@ class Stopwatch:
                 self.wait()
                 for handle in self.handles:
                     handle.remove()
+                end_workers(self.loader)
         self.syncs = [
             f"{'/'.join(w.filename.split('/')[-3:])}:{w.lineno}" for w in caught if SYNCHRONISES in str(w.message)
         ]
@@ -205,3 +209,20 @@ def graphs() -> int:
     import torch._dynamo.utils as utils
 
     return int(utils.counters["stats"]["unique_graphs"])
+
+
+ENDED: list[Any] = []
+"""Loaders whose workers were killed: they are not cleared away before the process ends."""
+
+
+def end_workers(loader: Any) -> None:
+    """Kill the workers of a loader that nobody asks any more, and wait for none: beside a CUDA context each takes
+    seconds to end, and the loader would wait for one after the other."""
+    from torch.utils.data._utils import signal_handling
+
+    if workers := getattr(loader, "_workers", None):
+        signal_handling._remove_worker_pids(id(loader))  # else torch takes their death for an error
+        loader._worker_pids_set = False
+        for worker in workers:
+            worker.kill()
+        ENDED.append(loader)

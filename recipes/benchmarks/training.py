@@ -62,8 +62,6 @@ def measure(
     device = device or torch.device("cuda")
     if device.type == "cpu":
         rows = [tiny(row) for row in rows]
-    # workers that were forked beside a CUDA context do not end by themselves: a loader waits so long for each
-    torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.2  # type: ignore[attr-defined]
     say("the ceiling of matrix products")
     found = known or {"began": time.time(), "minutes": minutes, "quick": quick, **limits(device), "rows": {}}
     rows = [row for row in rows if row.name not in found["rows"]]
@@ -79,6 +77,8 @@ def measure(
             numbers = attempt(row, budget.over(row.accumulation), device, say)
         found["rows"][row.name] = {**asdict(row), **numbers, "wall_seconds": time.time() - start}
         write(found)
+        with contextlib.suppress(RuntimeError):  # of a device that is lost
+            forget(device)
         if "error" in numbers and not works(device):
             raise DeviceLost(numbers["error"])
     return found
@@ -127,12 +127,10 @@ def attempt(row: Configuration, budget: Budget, device: torch.device, say: Say) 
         except Exception as error:  # whatever it is, the other rows are worth having
             why = f"{type(error).__name__}: {error}"
             why = "out of memory" if "out of memory" in why else why[:300]
-        finally:
-            with contextlib.suppress(RuntimeError):  # of a device that is lost
-                forget(device)
         if why != "out of memory" or row.way != "naive" or batch == 1:
             return {"error": why}
         batch //= 2
+        forget(device)
 
 
 def one(row: Configuration, budget: Budget, device: torch.device, say: Say, batch: int) -> dict[str, Any]:
