@@ -28,6 +28,8 @@ CHILD = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM"
 """One thread, no network, no GPU: the same for all."""
 PATIENCE = 600
 """Seconds to wait for a process that trains."""
+LAST_SECONDS = 10
+"""To wait for one that has said all."""
 
 
 @dataclass
@@ -69,6 +71,8 @@ def in_turn(ways: dict[str, Train], folder: Path, steps: int, tick: Callable[[in
             ends[name].send("go on")
             memory, found[name].returned = heard(ends[name], name, folder)
             found[name].peak_bytes, found[name].training_bytes = memory
+        for process in processes:
+            process.join(LAST_SECONDS)
     finally:
         for process in processes:
             process.terminate()

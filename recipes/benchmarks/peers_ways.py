@@ -30,7 +30,7 @@ ROLES = {"human": "user", "gpt": "assistant"}
 
 
 def ours(folder: Path) -> Told:
-    """The recipe, with its metrics, guard, watch and checks."""
+    """The recipe, with its metrics, guard and checks; without its watch, for which waiting would be a hang."""
     from mllm.train import metrics
 
     # a picture (0.1 s) follows each half minute by the clock on the wall, and here nearly all of that is waiting
