@@ -18,13 +18,25 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
+from torch._dynamo.utils import counters
 
-from conftest import make_model, make_processor, make_sample, picture, write_llava
+from conftest import LLM_CONFIGS, make_model, make_processor, make_sample, picture, write_llava
 from mllm.data.collate import collate
+from mllm.data.loader import DataConfig
 from mllm.data.packing import join
 from mllm.decoding.recorded import RecordedGreedy
 from mllm.generate import Assistant
+from mllm.models.packed import kernels
+from mllm.models.packed.boundaries import boundaries
+from mllm.models.packed.choice import check_attention, implementation
+from mllm.models.packed.function import register
+from mllm.train.inputs import inputs_of
 from mllm.train.losses import NextToken, model_inputs
+from mllm.train.settings import TrainConfig
+from mllm.train.step import optimise
+from mllm.train.trainable import LearningRates, choose_trainable, parameter_groups, set_mode
+from mllm.train.tuning import compiling
 from mllm.types import Batch, Example, Message
 from test_conversation import turns
 from test_generate import sharp
@@ -111,6 +123,93 @@ def test_gradient_through_eight_bit_layers_has_the_direction_of_the_full_one() -
         found.append(loss_and_gradient(model, [batch]))
     assert found[1][0] == pytest.approx(found[0][0], rel=5e-3)
     assert torch.nn.functional.cosine_similarity(found[0][1], found[1][1], dim=0) > 0.99
+
+
+KERNEL_FAMILIES = [family for family in LLM_CONFIGS if family != "gemma2"]
+register()
+
+
+@pytest.mark.parametrize("window", [None, 16])
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize(("heads", "groups", "width"), [(8, 8, 64), (8, 2, 64), (12, 2, 128), (4, 1, 8)])
+def test_varlen_gives_the_output_and_the_gradients_of_the_reference(
+    heads: int, groups: int, width: int, scale: float | None, window: int | None
+) -> None:
+    made = boundaries(torch.cat([torch.arange(length) for length in (37, 1, 300, 5, 169)])[None])
+    drawn = torch.Generator("cuda").manual_seed(0)
+    query, key, value, upstream = (
+        torch.randn(512, n, width, device="cuda", generator=drawn).bfloat16() for n in (heads, groups, groups, heads)
+    )
+    found = []
+    for kernel, dtype in ((kernels.varlen, torch.bfloat16), (kernels.reference, torch.float32)):
+        given = [part.detach().to(dtype).requires_grad_() for part in (query, key, value)]
+        out = kernel(*given, made.starts.cuda(), made.longest, scale or width**-0.5, window)
+        found.append([out.detach(), *torch.autograd.grad(out, given, upstream.to(dtype))])
+    for ours, exact in zip(*found, strict=True):
+        assert (ours.float() - exact).norm() <= 0.01 * exact.norm()
+
+
+@pytest.mark.parametrize("family", KERNEL_FAMILIES)
+def test_packed_by_varlen_equals_separate_by_sdpa_on_the_device(family: str) -> None:
+    processor = make_processor()
+    examples = [processor(make_sample(i, num_images=i % 3, turns=1 + i % 2)) for i in range(5)]
+    ours, own = (make_model(family, name).to("cuda", torch.bfloat16) for name in ("mllm_varlen", "sdpa"))
+    packed_loss, packed = loss_and_gradient(ours, [batch_of([examples[:3], examples[3:]])])
+    separate_loss, separate = loss_and_gradient(own, [batch_of([[example]]) for example in examples])
+    assert packed_loss == pytest.approx(separate_loss, rel=5e-3)
+    assert torch.nn.functional.cosine_similarity(packed, separate, dim=0) > 0.99
+
+
+def test_auto_is_varlen_on_a_device_that_has_it() -> None:
+    model = make_model()
+    assert implementation("auto", model.llm.config) == "mllm_varlen"
+    check_attention("varlen", make_model(attention="mllm_varlen").llm, torch.device("cuda"))
+
+
+def step_on_device(compiled: bool, blocks: list[list[Batch]]) -> tuple[list[float], list[int]]:
+    """Losses of a step each, and the graphs that there were behind it."""
+    torch._dynamo.reset()
+    counters.clear()
+    accelerator, rates = Accelerator(mixed_precision="bf16"), LearningRates(connector=1e-3)
+    model, seen = make_model("mistral", "mllm_varlen"), []
+    choose_trainable(model, rates, None)
+    compiling.switch_on(accelerator, model, TrainConfig(Path("unused"), compile=compiled), DataConfig())
+    set_mode(model)
+    optimizer = torch.optim.SGD(parameter_groups(model, rates, 0.0))
+    objective, optimizer = accelerator.prepare(NextToken(model), optimizer)
+    losses = []
+    for block in blocks:
+        losses.append(optimise(accelerator, objective, optimizer, block, 1.0)["loss"])
+        seen.append(counters["stats"]["unique_graphs"])
+    return losses, seen
+
+
+def test_compiled_blocks_have_the_same_losses_and_are_compiled_once() -> None:
+    processor = make_processor()
+
+    def batch(*numbers: int) -> Batch:
+        examples = [processor(make_sample(n, n % 3, turns=1 + n % 2)) for n in numbers]
+        return collate([join(examples, SHAPE)], SHAPE, 256)
+
+    blocks = [[batch(1, 2), batch(0)], [batch(4), batch(2, 2, 1)], [batch(0, 3), batch(5)], [batch(2), batch(1)]]
+    plain, _ = step_on_device(False, blocks)
+    compiled, seen = step_on_device(True, blocks)
+    assert compiled == pytest.approx(plain, rel=1e-2)
+    assert seen == [seen[0]] * len(blocks)
+    assert seen[0] > 0
+
+
+def test_forward_and_backward_never_wait_for_the_device() -> None:
+    model, device = make_model("mistral", "mllm_varlen").to("cuda", torch.bfloat16), torch.device("cuda")
+    examples = [make_processor()(make_sample(i, num_images=i % 3)) for i in range(4)]
+    inputs = inputs_of(batch_of([examples]), device, model, "token")
+    objective = NextToken(model)
+    objective(**inputs).backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        objective(**inputs).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_float32_loss_on_the_device_equals_the_loss_on_the_cpu() -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
-import torch
+from mllm.train.sums import global_sums
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -54,8 +54,8 @@ class Preemption:
         times, or only one of them does. The last step ends the run anyway."""
         # `accelerate launch` of one process passes no signal on: it dies, and what it started is left to itself
         self.heard = self.heard or (self.launcher is not None and os.getppid() != self.launcher)
-        told = torch.tensor(float(self.heard), device=self.accelerator.device)
-        if bool(self.accelerator.reduce(told, "sum")) and step < self.last_step:  # type: ignore[arg-type]
+        (told,) = global_sums(self.accelerator, [float(self.heard)])
+        if told and step < self.last_step:
             self.step = step
         return self.step is not None
 
