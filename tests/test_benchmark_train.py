@@ -20,7 +20,7 @@ sys.path.append(str(RECIPES))
 from benchmarks import counted, naive, product, ratios, training  # noqa: E402
 from benchmarks.configurations import configurations, default, stage_1, stage_2  # noqa: E402
 from benchmarks.drawn_training import Drawing, draw  # noqa: E402
-from benchmarks.page import PAGE, filled, markdown, read_results  # noqa: E402
+from benchmarks.page import PAGE, README, filled, markdown, put, quoted, read_results  # noqa: E402
 from benchmarks.sizes import LLMS, draw_model  # noqa: E402
 from benchmarks.stopwatch import ROOMS, Budget, Enough, Stopwatch  # noqa: E402
 from benchmarks.training_report import HEADS, lines, rate_table, room_lines  # noqa: E402
@@ -220,8 +220,9 @@ def test_the_page_is_made_of_its_files() -> None:
     results = read_results()
     assert results
     assert PAGE.read_text() == filled(PAGE.read_text(), results)
+    assert README.read_text() == quoted(README.read_text(), results)
 
 
 def test_a_page_without_a_place_for_a_file_is_refused() -> None:
     with pytest.raises(ValueError, match=r"0 blocks <!-- cpu --> for cpu\.json"):
-        filled("words", {"cpu": {}})
+        put("words", "cpu", "tables")

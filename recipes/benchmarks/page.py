@@ -25,6 +25,10 @@ from benchmarks.training_report import count_table, rate_table, ratio_table, roo
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[2] / "BENCHMARKS.md"
+README = Path(__file__).parents[2] / "README.md"
+QUOTED = "train-h200"
+LINES = {"B4 1.5B": "the connector of Qwen2.5-1.5B, on captions", "S2 7B": "a LoRA of Qwen2.5-7B, on conversations"}
+"""What the README quotes."""
 BLOCK = r"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
 LIBRARIES = ("torch", "transformers", "trl", "triton", "accelerate", "peft")
 
@@ -32,13 +36,31 @@ LIBRARIES = ("torch", "transformers", "trl", "triton", "accelerate", "peft")
 def filled(page: str, results: dict[str, dict[str, Any]]) -> str:
     """The page with the tables of each file between the marks that bear its name."""
     for name, found in results.items():
-        block, blocks = re.subn(
-            BLOCK.format(name=name), lambda marks, found=found: marks[1] + tables(found) + marks[2], page, flags=re.S
-        )
-        if blocks != 1:
-            raise ValueError(f"{blocks} blocks <!-- {name} --> for {name}.json: there must be one")
-        page = block
+        page = put(page, name, tables(found))
     return page
+
+
+def put(page: str, name: str, words: str) -> str:
+    """The page with these words between the marks of that name.
+
+    Raises:
+        ValueError: the page has no such marks, or several.
+    """
+    page, blocks = re.subn(BLOCK.format(name=name), lambda marks: marks[1] + words + marks[2], page, flags=re.S)
+    if blocks != 1:
+        raise ValueError(f"{blocks} blocks <!-- {name} --> for {name}.json: there must be one")
+    return page
+
+
+def quoted(readme: str, results: dict[str, dict[str, Any]]) -> str:
+    """README.md with the two lines that it quotes."""
+    found = results[QUOTED]
+    told = [
+        f"- {words}: **{row['tokens_per_second']:,.0f} real tokens/s**, {100 * row['mfu']:.1f} % MFU\n"
+        for name, words in LINES.items()
+        for row in [found["rows"][name]]
+    ]
+    return put(readme, QUOTED, "".join(told))
 
 
 def tables(found: dict[str, Any]) -> str:
@@ -90,4 +112,6 @@ def read_results(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(filled(PAGE.read_text(), read_results()))
+    known = read_results()
+    PAGE.write_text(filled(PAGE.read_text(), known))
+    README.write_text(quoted(README.read_text(), known))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -70,7 +71,7 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "load": os.getloadavg(),
         "date": time.strftime("%Y-%m-%d"),
-        "command": " ".join(["python recipes/benchmark.py", *without_json(sys.argv[1:])]),
+        "command": "python recipes/benchmark.py " + shlex.join(without_json(sys.argv[1:])),
         "system": platform.platform(),
         "python": platform.python_version(),
         **accelerator(),
