@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -12,6 +13,7 @@ from conftest import LLM_CONFIGS, make_model
 from mllm.decoding import recorded
 from mllm.decoding.compiled import attention_for_one, compiled_layers, compiler
 from mllm.decoding.fixed import FixedForward
+from mllm.decoding.fused import fusable
 from mllm.decoding.greedy import Greedy
 from mllm.decoding.prompt import Prompt
 from test_generate import sharp
@@ -149,3 +151,43 @@ def test_llm_that_cannot_be_recorded_says_so_once_and_answers(played: None, monk
         found = list(quick.answer(prompt(ASKED), 8))
     assert len(told) == 1
     assert found == list(ordinary.answer(prompt(ASKED), 8))
+
+
+def test_own_kernels_are_for_plain_weights_of_their_kind_alone() -> None:
+    fitting = make_model("qwen2", head_dim=32).llm.bfloat16()
+    assert fusable(fitting)
+    assert fusable(make_model("llama", head_dim=64).llm.half())
+    for family in ("qwen2_sliding", "mistral", "qwen3", "gemma", "phi3"):
+        assert not fusable(make_model(family, head_dim=32).llm.bfloat16()), family
+    assert not fusable(make_model("qwen2", head_dim=32).llm)  # float32
+    assert not fusable(make_model("qwen2").llm.bfloat16())  # heads of 8
+    adapted = fitting.get_decoder().layers[1].mlp
+
+    class Adapted(torch.nn.Linear):
+        """In the place of a LoRA."""
+
+    adapted.up_proj = Adapted(32, 64, bias=False)
+    assert not fusable(fitting)
+
+
+def test_quicker_way_is_kept(played: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    ordinary = greedy_of("llama")
+    quick = recorded.RecordedGreedy(ordinary.model, [], ordinary.device, compiled=True)
+    tried: list[str] = []
+
+    def way(name: str, seconds: float) -> Any:
+        def make(greedy: Any) -> Played:
+            tried.append(name)
+            made = Played(FixedForward(greedy.model.llm, greedy.cache, 1), nullcontext())
+            made.seconds = lambda: seconds  # type: ignore[attr-defined]
+            return made
+
+        return make
+
+    monkeypatch.setattr(recorded, "WAYS", {"fused": way("fused", 2.0), "compiled": way("compiled", 1.0)})
+    for most in (4, 1500):  # the second time in larger buffers
+        assert next(iter(quick.answer(prompt(ASKED), most))) == next(iter(ordinary.answer(prompt(ASKED), most)))
+        list(quick.answer(prompt(ASKED), 3))
+        quick.cache.reserve(3000 if most == 4 else 1)
+    assert quick.ways == ["compiled"]
+    assert tried == ["fused", "compiled", "compiled"]

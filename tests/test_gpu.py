@@ -245,6 +245,16 @@ def test_answers_from_recorded_kernels_are_the_ordinary_ones(family: str, decodi
     assert quick.greedy.prefilled == ordinary.greedy.prefilled
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_kernels_of_one_token_give_the_llms_own_logits(family: str) -> None:
+    model = sharp(make_model(family, head_dim=64)).to("cuda", torch.bfloat16)
+    quick = Assistant(model, make_processor(), "compiled")
+    for talk in turns(picture(1), number=1):
+        "".join(quick.stream(talk, 8))
+    assert isinstance(quick.greedy, RecordedGreedy)
+    assert (quick.greedy.refused, quick.greedy.unfused) == ("", "")
+
+
 ROOT = Path(__file__).parent.parent
 ENGINES = {
     "plain": "DDP or one process",

@@ -16,6 +16,8 @@ from mllm.decoding.fixed import FixedForward
 
 KINDS = ("llama", "qwen2", "mistral")
 """Architectures whose layers are: norm, attention with turned queries and keys, norm, gated SiLU."""
+HEADS = (32, 64, 128, 256)
+"""Widths of a head: powers of two, whose halves tensor cores take."""
 MOST_SHARED = 16
 """Queries of one key that the kernel has room for."""
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
@@ -34,7 +36,7 @@ def fusable(llm: Any) -> bool:
         not windowed(config)
         and config.hidden_act == "silu"
         and shared <= MOST_SHARED
-        and width & (width - 1) == 0
+        and width in HEADS
         and all(type(part) is nn.Linear for layer in layers for part in linears(layer))
         and all(part.bias is None for layer in layers for part in layer.mlp.children() if isinstance(part, nn.Linear))
     )

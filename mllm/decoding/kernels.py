@@ -27,6 +27,19 @@ GROUP = tl.constexpr(16)
 """Rows of a product on tensor cores; more queries than share a key in any LLM of this kind."""
 
 
+SHAPES = [(1, 1024, 4), (2, 1024, 4), (4, 512, 4), (4, 1024, 8)]
+"""Rows and columns that are read at once, and warps: the fastest is found at the first product of each size."""
+
+
+def quick_bench(run: Any, quantiles: Any = None) -> Any:
+    return triton.testing.do_bench(run, warmup=5, rep=20, quantiles=quantiles)
+
+
+@triton.autotune(
+    [triton.Config({"ROWS": rows, "BLOCK": block}, num_warps=warps) for rows, block, warps in SHAPES],
+    key=["N", "K", "GATED"],
+    do_bench=quick_bench,
+)
 @triton.jit
 def matvec_kernel(
     x, weight, second, bias, gain, residual, out, N, eps, K: tl.constexpr,
@@ -144,24 +157,17 @@ def matvec(
     bias: Tensor | None = None,
     norm: Any = None,
     residual: Tensor | None = None,
-    shape: tuple[int, int, int] | None = None,
 ) -> Tensor:
     """[K] -> [N] by a weight [N, K]; the norm goes before it, SiLU(weight x) * (second x) where there is a second one,
-    then the residual. `shape` is rows and columns read at once and warps."""
+    then the residual."""
     n, k = weight.shape
-    rows, block, warps = shape or shape_for(n, k)
     out = torch.empty(n, dtype=x.dtype, device=x.device)
-    matvec_kernel[(triton.cdiv(n, rows),)](
+    matvec_kernel[lambda chosen: (triton.cdiv(n, chosen["ROWS"]),)](
         x, weight, second, bias, norm and norm.weight, residual, out, n, norm.variance_epsilon if norm else 0.0, K=k,
         HAS_BIAS=bias is not None, HAS_NORM=norm is not None, HAS_RESIDUAL=residual is not None,
-        GATED=second is not None, ROWS=rows, BLOCK=block, num_warps=warps,
+        GATED=second is not None,
     )  # fmt: skip
     return out
-
-
-def shape_for(n: int, k: int) -> tuple[int, int, int]:
-    """Rows, columns and warps that were fastest on an H200."""
-    return (4, 512, 4) if n >= 8192 else (2, 1024, 4)
 
 
 def attend(

@@ -8,7 +8,7 @@ of a prompt, for the few new tokens of a later turn. A long prompt is computed a
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -50,6 +50,16 @@ class Recording:
     def replay(self) -> None:
         self.graph.replay()
 
+    def seconds(self, times: int = 8) -> float:
+        """Of a replay."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(times):
+            self.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000 / times
+
 
 class RecordedGreedy(Greedy):
     """The same answers, faster; where an LLM cannot be recorded it says so once, and is as slow as ever."""
@@ -59,6 +69,8 @@ class RecordedGreedy(Greedy):
         self.compiled = compiler() if compiled else None
         self.recordings: dict[int, Recording] = {}
         self.capacity = 0
+        self.ways = list(WAYS)
+        """To try for a token; after the first recording, the quicker one alone."""
         self.unfused = ""
         """Why there are no kernels of our own, where they should fit."""
         self.refused = ""
@@ -121,7 +133,7 @@ class RecordedGreedy(Greedy):
             try:
                 self.recordings[width] = self.record(width)
             except Exception as error:  # whatever this family does that no graph can hold
-                self.refused = (str(error).strip() or type(error).__name__).splitlines()[0]
+                self.refused = first_line(error)
                 warnings.warn(f"this LLM cannot be recorded, its answers take longer ({self.refused})", stacklevel=2)
         return self.recordings.get(width)
 
@@ -129,13 +141,18 @@ class RecordedGreedy(Greedy):
         llm, cache = self.model.llm, self.cache
         if width > 1 or not self.compiled:
             return Recording(FixedForward(llm, cache, width), nullcontext())
-        if fused := self.fused():
-            return Recording(fused, nullcontext())
-        forward = FixedForward(llm, cache, 1, attention_for_one(llm))
-        return Recording(forward, compiled_layers(llm, cache, self.compiled))
+        found = {name: made for name in self.ways if (made := WAYS[name](self))}
+        quickest = min(found, key=lambda name: found[name].seconds())
+        self.ways = [quickest]
+        return found[quickest]
 
-    def fused(self) -> FusedForward | None:
-        """Kernels of our own where they fit and are right; else the layers are compiled as they are."""
+    def compiled_one(self) -> Recording:
+        """The layers of transformers, compiled."""
+        forward = FixedForward(self.model.llm, self.cache, 1, attention_for_one(self.model.llm))
+        return Recording(forward, compiled_layers(self.model.llm, self.cache, self.compiled))
+
+    def fused_one(self) -> Recording | None:
+        """Kernels of our own, where they fit and are right."""
         if not fusable(self.model.llm):
             return None
         try:
@@ -143,7 +160,18 @@ class RecordedGreedy(Greedy):
                 forward = FusedForward(self.model.llm, self.cache)
                 forward.positions.fill_(len(self.marks))
                 forward.prove()
+            return Recording(forward, nullcontext())
         except Exception as error:  # a Triton too old for the device, say
-            self.unfused = (str(error).strip() or type(error).__name__).splitlines()[0]
+            self.unfused = first_line(error)
             return None
-        return forward
+
+
+WAYS: dict[str, Callable[[RecordedGreedy], Recording | None]] = {
+    "fused": RecordedGreedy.fused_one,
+    "compiled": RecordedGreedy.compiled_one,
+}
+"""Kernels of one token: the quicker ones are kept."""
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -7,11 +7,11 @@ nothing. On a CPU the sizes are small and the seconds are those of this process.
 
 from __future__ import annotations
 
-import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -62,28 +62,29 @@ def measure(sizes: dict[str, str], tokens: int, repeats: int, keep: Callable, ti
     """All sizes; `keep` is given what is known after each of them, `tick` is told what goes on."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found: dict[str, Any] = {"tokens": tokens, "repeats": repeats, "device": device.type}
-    for llm, encoder in sizes.items():
-        tick(f"drawing {llm}")
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        processor = make_processor(encoder)
-        model = draw_model(llm, encoder, device, dtype, image_token_id=processor.image_token_id).eval()
-        found[llm] = {"ways": {}}
-        for way in WAYS if device.type == "cuda" else SLOW:
-            tick(f"{llm}, {way}")
-            shorter = device.type == "cuda" and way in SLOW
-            try:
-                told = talk(model, processor, way, max(5, tokens // 4) if shorter else tokens, repeats)
-                found[llm]["ways"][way] = told
-            except Exception as error:  # out of memory, say: the rest goes on
-                found[llm]["ways"][way] = {"error": f"{type(error).__name__}: {error}"[:500]}
-            keep(found)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    found |= {llm: {"ways": {}} for llm in sizes}
+    made: dict[str, tuple[MultimodalLM, Processor]] = {}
+    for way, llm in product(WAYS if device.type == "cuda" else SLOW, sizes):
+        tick(f"{llm}, {way}")
+        shorter = device.type == "cuda" and way in SLOW
+        try:
+            made[llm] = made.get(llm) or make(llm, sizes[llm], device, dtype)
+            told = talk(*made[llm], way, max(5, tokens // 4) if shorter else tokens, repeats)
+        except Exception as error:  # out of memory, say: the rest goes on
+            told = {"error": f"{type(error).__name__}: {error}"[:500]}
+        found[llm]["ways"][way] = told
         found[llm] |= best(found[llm]["ways"])
+        keep(found)
+    for llm, (model, processor) in made.items():
         found[llm]["second_turn_vs_anew"] = paired(model, processor, repeats)
         keep(found)
-        del model
-        gc.collect()
-        torch.cuda.empty_cache()
     return found
+
+
+def make(llm: str, encoder: str, device: torch.device, dtype: torch.dtype) -> tuple[MultimodalLM, Processor]:
+    processor = make_processor(encoder)
+    return draw_model(llm, encoder, device, dtype, image_token_id=processor.image_token_id).eval(), processor
 
 
 def best(ways: dict[str, Any]) -> dict[str, float]:
@@ -105,8 +106,8 @@ def talk(model: MultimodalLM, processor: Processor, way: str, tokens: int, repea
         if why := getattr(assistant.greedy, name, ""):
             found[name] = why
     if model.llm.device.type == "cuda":
-        found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         found["kernels"] = kernels(assistant)
+        found["kind"] = getattr(assistant.greedy, "ways", [])[:1] if way == "compiled" else []
     return found
 
 
