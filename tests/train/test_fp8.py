@@ -155,6 +155,32 @@ def test_losses_of_a_run_stay_within_half_a_percent(tmp_path: Path, kind: str, m
     assert losses["fp8"] == pytest.approx(losses["plain"], rel=5e-3)
 
 
+def test_a_model_whose_gradient_loses_its_direction_is_refused_with_the_cosine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Gemma 3 with weights at random, of this width: 0.987."""
+    monkeypatch.setattr(fp8, "check", lambda *_: None)
+    data = write_llava(tmp_path)
+    train = settings(tmp_path / "out", fp8=True, steps=1)
+    with pytest.raises(ValueError, match=r"cosine of 0\.9[78]\d\d .* 0\.99 is asked for: leave train\.fp8 out"):
+        run(data, train, aligned(family="gemma3"))
+    train.probe = False
+    run(data, train, aligned(family="gemma3"))
+    capsys.readouterr()
+    run(data, settings(tmp_path / "llama", fp8=True, steps=1), aligned())
+    assert "the gradient of the first row has a cosine of 0.99" in capsys.readouterr().out
+
+
+def test_asking_for_the_direction_changes_no_bit_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fp8, "check", lambda *_: None)
+    data, found = write_llava(tmp_path), []
+    for probe in (True, False):
+        train = settings(tmp_path / str(probe), fp8=True, steps=2, probe=probe)
+        run(data, train, aligned())
+        found.append(metrics(train.output_dir))
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_gradient_of_the_connector_has_the_direction_of_the_full_one(family: str) -> None:
     found = []
