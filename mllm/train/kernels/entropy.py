@@ -2,7 +2,7 @@
 
 Enters: logits [C, V] in any float type, targets, weights. Leaves: the loss of each row in float32; the logits are
 overwritten by their gradient. Eager torch reads and writes as many logits some eight times, in float32: on an H200,
-4,096 rows of 151,936 words take 1.0 ms here and 8.0 there.
+head and loss of 4,096 rows of 151,936 words and width 1,536 take 6.3 ms with it and 13.0 without, forward and backward.
 """
 
 import torch

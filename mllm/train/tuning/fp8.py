@@ -5,7 +5,9 @@ through a frozen `Linear` of its LLM, the product and the gradient of its input 
 weight, made once, and of the rows that meet it, each with its own scale. There is no third product, since a frozen
 weight has no gradient. Weights, and whatever is asked without a gradient (held-out losses, a chat), stay as they are.
 
-A Hopper GPU multiplies e4m3 nearly twice as fast as bfloat16. On a CPU the same numbers are multiplied in float32.
+A Hopper GPU multiplies e4m3 nearly twice as fast as bfloat16: four layers of Qwen2.5's 7B, compiled, forward and
+backward of 16K tokens on an H200, take 65 ms for 102 in bfloat16, of its 1.5B 19 for 24. On a CPU the same numbers are
+multiplied in float32. What it does to the gradient is asked of each model (`fp8_gate.py`).
 
 M rows, K width of the input, N of the output.
 """
