@@ -58,9 +58,9 @@ class TrainConfig(Schema):
     """Recompute layers in the backward pass: less memory, up to a third slower. `true`: those of the LLM; or a list of
     `llm`, `connector`, `vision_encoder`."""
     fp8: bool = False
-    """Multiply the LLM's frozen weights as 8-bit floats, which a Hopper GPU does nearly twice as fast: for a
-    frozen LLM, or the base of `lora`. With `probe` the first row is computed both ways, and a run whose gradients differ by more
-    than a cosine of 0.99 ends."""
+    """Multiply the LLM's frozen weights as 8-bit floats, which a Hopper GPU does nearly twice as fast: for a frozen
+    LLM, or the base of `lora`. With `probe` the first row is computed both ways, and a run whose two gradients have a
+    cosine under 0.99 ends."""
     compile: bool = False
     """Compile each block of the LLM and of the encoder (torch.compile): faster on GPUs, after a minute at the start.
     Rows are filled up to `data.seq_length`, so that nothing is compiled twice. Same losses but for rounding."""
