@@ -205,8 +205,9 @@ def info(
         trained = f"{part['trained']:,} train" if part["trained"] else "frozen"
         print(f"{part['part']:<16}{part['is']}: {part['parameters']:,} parameters, {trained}")
     fewest, most = found.visual_tokens_range
-    of_tiles = f"{fewest} to {most} visual tokens, in tiles of {found.visual_tokens_per_image}"
-    tokens = f"{most} visual tokens" if fewest == most else of_tiles
+    tokens = f"{most} visual tokens" if fewest == most else f"{fewest} to {most} visual tokens"
+    if most > found.visual_tokens_per_image:
+        tokens += f", in tiles of {found.visual_tokens_per_image}"
     print(f"{'image':<16}{tokens}\n{'exports as':<16}{found.exports_as}")
     if found.instead:
         print(f"{'':<16}{found.instead}")

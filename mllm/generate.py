@@ -60,7 +60,7 @@ class Assistant:
         folder = find_folder(str(model))
         config = load_config(stage_config(folder)).parts()
         processor = Processor.load(folder / "processor")
-        built = build_model(config, processor.image_token_id, any_resolution=processor.any_resolution)
+        built = build_model(config, processor.image_token_id, layout=processor.layout)
         load_stage(built, folder)
         return cls(built.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), processor, decoding)
 

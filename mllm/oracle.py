@@ -21,10 +21,11 @@ from mllm.export.gguf import llm, vision
 from mllm.export.homes import AYA_VISION, COHERE2_VISION, LLAVA, LLAVA_NEXT, Home, find_home
 from mllm.export.llava import activation
 from mllm.generate import find_folder
-from mllm.models.build import build_model, check_rows, vision_grids, visual_tokens_per_image
+from mllm.models.build import build_model, check_aspect, check_rows, vision_grids, visual_tokens_per_image
 from mllm.models.fused_encoder import FusedEncoder
 from mllm.models.multimodal import MultimodalLM
 from mllm.models.vision_encoder import VisionEncoder
+from mllm.native_aspect import NativeAspect
 from mllm.prospect import NOTHING, prospect, without_adapters
 from mllm.train.trainable import choose_trainable, parts
 
@@ -95,6 +96,10 @@ def info(name: str) -> Info:
 def token_range(config: RunConfig, tokens: int) -> tuple[int, int]:
     """The fewest and the most visual tokens of an image, of a tile being `tokens`."""
     tiling = tiling_of(config)
+    if config.data.image_fit == "aspect":
+        check_aspect(config.parts())
+        grid = vision_grids(config.parts())[0]
+        return NativeAspect(grid.side, grid.patch).range()
     if tiling is None:
         return tokens, tokens
     layout, (fewest, most) = tiling.any_resolution(tokens), tiling.range()
@@ -124,7 +129,7 @@ def skeleton(config: RunConfig) -> MultimodalLM:
     if layout:
         check_rows(parts)
     with torch.device("meta"):
-        model = build_model(parts, image_token_id=0, any_resolution=layout)
+        model = build_model(parts, image_token_id=0, layout=layout)
         train = config.train
         choose_trainable(model, train.learning_rate, train.lora, train.vision_lora)
     return model

@@ -106,7 +106,7 @@ def read_back(folder: Path, dtypes: dict[str, torch.dtype]) -> tuple[MultimodalL
     """As `Assistant.load` does it, each weight in the dtype that it had in memory."""
     processor = Processor.load(folder / "processor")
     parts = load_config(stage_config(folder)).parts()
-    model = build_model(parts, processor.image_token_id, any_resolution=processor.any_resolution)
+    model = build_model(parts, processor.image_token_id, layout=processor.layout)
     for name, parameter in model.named_parameters():
         if name in dtypes:
             parameter.data = parameter.data.to(dtypes[name])

@@ -31,9 +31,11 @@ from mllm.models.build import (
     ModelConfig,
     attention_of,
     build_model,
+    check_aspect,
     check_llm,
     check_rows,
     named,
+    vision_grids,
     visual_tokens_per_image,
 )
 from mllm.models.deferred import CannotDefer, empty_llm
@@ -99,6 +101,8 @@ def build_processor(config: RunConfig) -> Processor:
     visual_tokens = visual_tokens_per_image(parts)
     if config.data.tiles == "anyres":
         check_rows(parts)
+    if config.data.image_fit == "aspect":
+        check_aspect(parts)
     check_llm(parts)
     leading = parts.encoders()[0]
     with named("tokenizer or image processor", f"{parts.llm} or {leading}"):
@@ -115,6 +119,7 @@ def build_processor(config: RunConfig) -> Processor:
             data.image_markers,
             data.tiles,
             data.max_tiles,
+            vision_grids(parts)[0].patch,
         )
 
 
@@ -123,8 +128,8 @@ def build(accelerator: Accelerator, config: RunConfig, processor: Processor) -> 
     its files and its adapter allow that; which of the two is said. A dry run does not read a large one at all."""
     sharded, adapter = engine.shards_weights(accelerator), needs_weights(config.init_from, config.train.lora)
     waits = sharded or (config.dry_run and is_heavy(config.parts(), accelerator.device))
-    token, layout = processor.image_token_id, processor.any_resolution
-    model = build_model(config.parts(), token, deferred=waits and not adapter, any_resolution=layout)
+    token, layout = processor.image_token_id, processor.layout
+    model = build_model(config.parts(), token, deferred=waits and not adapter, layout=layout)
     if sharded:
         reason = getattr(model.llm, "whole_because", adapter)
         how = f"whole on each rank while it is built: {reason}" if reason else "one weight at a time into the shards"

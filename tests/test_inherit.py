@@ -57,7 +57,7 @@ def finished(shelf: Path, tmp_path: Path) -> Callable[..., Path]:
     def stage(training: dict[str, Any], name: str = "before", **parts: Any) -> Path:
         tiles = parts.pop("tiles", None)
         config = run(shelf, tmp_path / name, **parts, training=training)
-        model = build_model(config.parts(), 384, any_resolution=tiles)
+        model = build_model(config.parts(), 384, layout=tiles)
         choose_trainable(model, config.train.learning_rate, config.train.lora)
         torch.manual_seed(5)
         for parameter in model.parameters():
@@ -86,7 +86,7 @@ def run(
 
 def started(config: RunConfig, tiles: AnyResolution | None = None) -> tuple[MultimodalLM, str]:
     torch.manual_seed(1)
-    model = build_model(config.parts(), 384, any_resolution=tiles)
+    model = build_model(config.parts(), 384, layout=tiles)
     return model, take_over(config, model)
 
 
@@ -230,7 +230,7 @@ def test_newline_goes_on_or_is_left_behind_where_nobody_reads_it(shelf, finished
     torch.manual_seed(1)
     assert not equal(
         weights(model, "image_newline"),
-        weights(build_model(run(shelf, tmp_path).parts(), 384, any_resolution=TILES), "image_newline"),
+        weights(build_model(run(shelf, tmp_path).parts(), 384, layout=TILES), "image_newline"),
     )
     _, told = started(run(shelf, tmp_path / "now", init_from=before))
     assert "with its connector\n" in told
@@ -238,6 +238,6 @@ def test_newline_goes_on_or_is_left_behind_where_nobody_reads_it(shelf, finished
 
 
 def test_stage_without_a_newline_is_not_read_as_one_with_it(shelf, finished, tmp_path) -> None:
-    model = build_model(run(shelf, tmp_path).parts(), 384, any_resolution=TILES)
+    model = build_model(run(shelf, tmp_path).parts(), 384, layout=TILES)
     with pytest.raises(ValueError, match=r"has no image_newline.safetensors: it was trained without data.tiles anyres"):
         load_stage(model, finished(ALIGN))

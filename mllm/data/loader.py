@@ -59,7 +59,8 @@ class DataConfig(Schema):
     """Several samples a row, isolated from each other; without it, one sample a row, padded to the longest."""
     image_fit: ImageFit = "native"
     """`native`: what the encoder's own image processor does. `pad`: pad to a square with the mean colour first.
-    `crop`: the square in the middle. `resize`: squeeze to a square."""
+    `crop`: the square in the middle. `resize`: squeeze to a square. `aspect`: a grid of patches in its own aspect, each
+    a visual token (SigLIP2 NaFlex with a linear or mlp connector)."""
     tiles: Tiles = "none"
     """An image as several tiles with the whole picture beside them: `anyres` (LLaVA-NeXT: aspect kept on black, no
     tokens for the border, a learned newline behind each row) or `dynamic` (InternVL: nearest aspect, squeezed, each

@@ -18,20 +18,22 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from PIL import Image, ImageOps
 
+from mllm.any_resolution import AnyResolution
 from mllm.data import chat
 from mllm.data.images import image_size, open_image
-from mllm.data.imaging.pixels import as_bytes, cheapest_way, least_side, squared
+from mllm.data.imaging.pixels import as_bytes, cheapest_way, in_patches, least_side, squared
 from mllm.data.imaging.tiling import Tiles, Tiling
 from mllm.data.talk.markers import NUMBERED, ImageMarkers, marked
 from mllm.image_processor import load_image_processor
+from mllm.native_aspect import NativeAspect
 from mllm.types import IGNORE_INDEX, IMAGE_TOKEN, Example, ImageSource, Message, Sample
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-ImageFit = Literal["native", "pad", "crop", "resize"]
-FACTS = ("num_visual_tokens", "image_fit", "jpeg_draft", "instruct", "image_markers", "tiles", "max_tiles")
+ImageFit = Literal["native", "pad", "crop", "resize", "aspect"]
+FACTS = ("num_visual_tokens", "image_fit", "jpeg_draft", "instruct", "image_markers", "tiles", "max_tiles", "patch")
 """What a saved processor holds beside its tokenizer and image processor."""
 LONGEST_INSTRUCTION = 128
 """Tokens of an instruction that a connector reads, the last ones: as many as InstructBLIP's released code."""
@@ -85,7 +87,7 @@ class Processor:
     image_fit: ImageFit = "native"
     """`native`: what the encoder's own image processor does (CLIP: shortest edge, centre crop). `pad`: first pad to a
     square with the mean colour, so that nothing is cut (LLaVA-1.5, second stage). `crop`: the square in its middle.
-    `resize`: squeezed to a square."""
+    `resize`: squeezed to a square. `aspect`: as many patches in its own aspect as a square has at most."""
     keep: bool = False
     """Keep the tokens of samples and the pixels of image files after the first time: for small sets seen many times."""
     jpeg_draft: bool = False
@@ -98,6 +100,8 @@ class Processor:
     """An image as several tiles of V visual tokens, without its border in `anyres`, see `imaging/tiling.py`."""
     max_tiles: int | None = None
     """Of one image, without the whole picture beside them."""
+    patch: int | None = None
+    """Pixels along a side of the encoder's patches, which `aspect` must know."""
 
     def __post_init__(self) -> None:
         chat.ensure_template(self.tokenizer)
@@ -110,6 +114,24 @@ class Processor:
         self.least_side = least_side(self.image_processor, self.pixel_shape)
         self.tiling = self.choose_tiling()
         self.any_resolution = self.tiling.any_resolution(self.num_visual_tokens) if self.tiling else None
+        self.native_aspect = self.choose_aspect()
+        self.layout: AnyResolution | NativeAspect | None = self.any_resolution or self.native_aspect
+
+    def choose_aspect(self) -> NativeAspect | None:
+        """The grid of patches from which images take as much as their aspect allows.
+
+        Raises:
+            ValueError: the encoder's patches are not known, or are not the visual tokens.
+        """
+        if self.image_fit != "aspect":
+            return None
+        aspect = NativeAspect(self.pixel_shape[1], self.patch) if self.patch else None
+        if aspect is None or aspect.most != self.num_visual_tokens:
+            raise ValueError(
+                f"data.image_fit aspect with {self.num_visual_tokens} visual tokens and patches of {self.patch}: "
+                f"each patch is a visual token, so that their size must be told and no connector may pool them"
+            )
+        return aspect
 
     def choose_tiling(self) -> Tiling | None:
         """The policy, at the size that the encoder reads.
@@ -123,10 +145,10 @@ class Processor:
             raise ValueError(f"data.image_fit {self.image_fit} with data.tiles {self.tiles}: tiles fit by themselves")
         if self.tiles == "anyres" and self.max_tiles == 1:
             raise ValueError("data.max_tiles 1 with data.tiles anyres, whose smallest grid has 2: raise it")
-        if self.normalisation is None and (self.tiles != "none" or self.image_fit in ("crop", "resize")):
+        if self.normalisation is None and (self.tiles != "none" or self.image_fit in ("crop", "resize", "aspect")):
             raise ValueError(
                 f"{type(self.image_processor).__name__} does more than resize, crop and normalise: neither data.tiles "
-                f"nor data.image_fit crop or resize can take its place; choose another encoder"
+                f"nor data.image_fit {self.image_fit} can take its place; choose another encoder"
             )
         resample = getattr(self.image_processor, "resample", None)
         self.resample = Image.Resampling.BICUBIC if resample is None else resample
@@ -140,8 +162,8 @@ class Processor:
     @property
     def token_range(self) -> tuple[int, int]:
         """The fewest and the most visual tokens that an image becomes."""
-        if self.any_resolution:
-            return self.any_resolution.range()
+        if self.layout:
+            return self.layout.range()
         fewest, most = self.tile_range
         return fewest * self.num_visual_tokens, most * self.num_visual_tokens
 
@@ -151,29 +173,31 @@ class Processor:
 
     def taken(self, image: ImageSource) -> Taken:
         """What an image takes, by its header."""
-        if self.tiling is None:
+        if self.tiling is None and self.layout is None:
             return Taken(1, self.num_visual_tokens)
         try:
             width, height = image_size(image)
         except ValueError as error:
             raise Unreadable(str(error)) from error
-        tiles = self.tiling.number(width, height)
+        tiles = self.tiling.number(width, height) if self.tiling else 1
         return Taken(tiles, self.num_slots(tiles, [(height, width)]))
 
     def num_slots(self, tiles: int, sizes: list[tuple[int, int]]) -> int:
-        """Of an image of so many tiles, and of that height and width if its tiles are laid out by them."""
-        if self.any_resolution is None:
+        """Of an image of so many tiles, and of that height and width if its tokens are laid out by them."""
+        if self.layout is None:
             return tiles * self.num_visual_tokens
-        return sum(self.any_resolution.num_tokens(width, height) for height, width in sizes)
+        return sum(self.layout.num_tokens(width, height) for height, width in sizes)
 
     def sizes(self, image: ImageSource) -> list[tuple[int, int]]:
-        """Height and width of an image whose tiles are laid out by them; of others nothing."""
-        return [image_size(image)[::-1]] if self.any_resolution else []
+        """Height and width of an image whose tokens are laid out by them; of others nothing."""
+        return [image_size(image)[::-1]] if self.layout else []
 
-    def layout(self, width: int, height: int) -> tuple[int, ...]:
+    def seen_as(self, width: int, height: int) -> tuple[int, ...]:
         """What two images must share to stand in each other's slots: tiles, their grid, what is no border of it."""
         if self.any_resolution:
             return *self.any_resolution.grid(width, height), *self.any_resolution.kept(width, height)
+        if self.native_aspect:
+            return self.native_aspect.patches(width, height)
         return (self.tiling.number(width, height) if self.tiling else 1,)
 
     def __call__(self, sample: Sample, max_length: int | None = None) -> Example:
@@ -346,6 +370,8 @@ class Processor:
             tiles = self.tiling.cut(open_image(image, least if self.jpeg_draft else None), grid)
             return torch.cat([as_bytes(tile) for tile in tiles])
         picture = open_image(image, self.least_side if self.jpeg_draft else None)
+        if self.native_aspect:
+            return in_patches(picture, self.native_aspect, image_size(image), self.resample)
         if self.image_fit in ("crop", "resize"):
             return as_bytes(squared(picture, self.pixel_shape, self.resample, crop=self.image_fit == "crop"))
         return self.to_pixels(self.fit(picture))
@@ -388,6 +414,7 @@ class Processor:
         image_markers: ImageMarkers = "none",
         tiles: Tiles = "none",
         max_tiles: int | None = None,
+        patch: int | None = None,
     ) -> Processor:
         """The LLM's tokenizer and the encoder's image processor, each by Hub id or folder."""
         from transformers import AutoTokenizer
@@ -403,4 +430,5 @@ class Processor:
             image_markers,
             tiles,
             max_tiles,
+            patch if image_fit == "aspect" else None,
         )

@@ -79,7 +79,7 @@ def load(
     folder, config, parts, processor = read(name)
     # four bits are drawn from the weights as training read them
     exact = parts if parts.quantisation else replace(parts, dtype="float32")
-    model = build_model(exact, processor.image_token_id, any_resolution=processor.any_resolution)
+    model = build_model(exact, processor.image_token_id, layout=processor.layout)
     load_stage(model, folder)
     if rounded_to:
         round_weights(model, rounded_to)
@@ -101,7 +101,7 @@ def skeleton(name: str) -> Trained:
         model = build_model(
             replace(parts, random_weights=True, quantisation=None),
             processor.image_token_id,
-            any_resolution=processor.any_resolution,
+            layout=processor.layout,
         )
     return Trained(folder, config, parts, model, processor)
 

@@ -26,6 +26,7 @@ from mllm.models.packed.choice import Attention, implementation
 from mllm.models.quantised import check_installed, keep_layout, quantisation_config, quantise
 from mllm.models.vision_encoder import VisionEncoder
 from mllm.models.vision_grid import Grid, common_grids, grid, takes_any_size, vision_config
+from mllm.native_aspect import NativeAspect
 from mllm.schema import Schema
 from mllm.types import Normalisation
 
@@ -96,6 +97,24 @@ def check_rows(config: ModelConfig) -> None:
         )
 
 
+def check_aspect(config: ModelConfig) -> None:
+    """Raises a `ValueError` where images cannot keep their aspect all the way to the LLM."""
+    from transformers import AutoConfig
+
+    names = config.encoders()
+    kinds = [vision_config(AutoConfig.from_pretrained(name)).model_type for name in names]
+    if kinds != ["siglip2_vision_model"]:
+        raise ValueError(
+            f"data.image_fit aspect with {' + '.join(kinds)}: SigLIP2 NaFlex alone, by itself, reads grids of any "
+            f"aspect; set data.image_fit pad, or data.tiles"
+        )
+    if not config.connector.per_patch:
+        raise ValueError(
+            f"data.image_fit aspect with a {config.connector.type} connector, which needs a fixed grid of patches: "
+            f"choose mlp or linear"
+        )
+
+
 def check_llm(config: ModelConfig) -> None:
     """Is there an LLM of that name? Asked of its config file, before anything large is read."""
     from transformers import AutoConfig
@@ -105,11 +124,11 @@ def check_llm(config: ModelConfig) -> None:
 
 
 def build_model(
-    config: ModelConfig, image_token_id: int, deferred: bool = False, any_resolution: AnyResolution | None = None
+    config: ModelConfig, image_token_id: int, deferred: bool = False, layout: AnyResolution | NativeAspect | None = None
 ) -> MultimodalLM:
-    """Read both frozen parts, draw a fresh connector between them, and a newline where the processor lays tiles out at
-    `any_resolution`. Where the LLM is `deferred` its weights are read by whoever needs them, one at a time
-    (`models/deferred.py`), if its files allow it.
+    """Read both frozen parts, draw a fresh connector between them. `layout` is the processor's, where visual tokens
+    follow an image's size; that of tiles brings a newline. Where the LLM is `deferred` its weights are read by whoever
+    needs them, one at a time (`models/deferred.py`), if its files allow it.
 
     Raises:
         ValueError: an id or folder holds no such model.
@@ -118,8 +137,9 @@ def build_model(
     llm = load_llm(config, deferred)
     width = llm.get_input_embeddings().embedding_dim
     connector = config.connector.build(encoder.width, width, encoder.num_patches)
-    newline = ImageNewline(any_resolution, width) if any_resolution else None
+    newline = ImageNewline(layout, width) if isinstance(layout, AnyResolution) else None
     model = MultimodalLM(encoder, connector, llm, image_token_id, newline)
+    model.native_aspect = layout if isinstance(layout, NativeAspect) else None
     return model.requires_grad_(False)
 
 

@@ -28,6 +28,7 @@ from mllm.models.packed.boundaries import Boundaries
 from mllm.models.packed.choice import packed_mask
 from mllm.models.splice import splice
 from mllm.models.vision_encoder import VisionEncoder
+from mllm.native_aspect import NativeAspect
 
 
 class MultimodalLM(nn.Module):
@@ -45,6 +46,8 @@ class MultimodalLM(nn.Module):
         self.vision_encoder = vision_encoder
         self.connector = connector
         self.image_newline = image_newline
+        self.native_aspect: NativeAspect | None = None
+        """How images are read that keep their aspect; `build_model` sets it."""
         self.llm: Any = llm
         self.image_token_id = image_token_id
         self.feature_cache: FeatureCache | None = None
@@ -87,14 +90,20 @@ class MultimodalLM(nn.Module):
         instruction_ids: Tensor | None = None,
         image_sizes: Sequence[tuple[int, int]] | None = None,
     ) -> Tensor:
-        """[N, 3, H, W] -> [N, V, D], through encoder and connector; or [T, D] of tiles that are laid out as images of
-        these heights and widths."""
-        tokens = self.connected(pixel_values, instruction_ids)  # [N, V, D]
+        """[N, 3, H, W] -> [N, V, D], through encoder and connector; or [T, D] of images of these heights and widths,
+        where their tokens follow from them."""
+        grids = [self.native_aspect.patches(w, h) for h, w in image_sizes or ()] if self.native_aspect else []
+        tokens = self.connected(pixel_values, instruction_ids, grids)  # [N, V, D]
+        if grids:
+            return torch.cat([own[: rows * columns] for own, (rows, columns) in zip(tokens, grids, strict=True)])
         return tokens if self.image_newline is None else self.image_newline(tokens, image_sizes)
 
-    def connected(self, pixel_values: Tensor, instruction_ids: Tensor | None) -> Tensor:
-        """[N, 3, H, W] -> [N, V, D]; instructions [N, words] for a connector that reads them."""
-        features = self.features(pixel_values)  # [N, P, Dv]
+    def connected(
+        self, pixel_values: Tensor, instruction_ids: Tensor | None, grids: Sequence[tuple[int, int]] = ()
+    ) -> Tensor:
+        """[N, 3, H, W] -> [N, V, D]; instructions [N, words] for a connector that reads them; `grids` of images that
+        keep their aspect, whose tokens are the first of V."""
+        features = self.vision_encoder(pixel_values, grids) if grids else self.features(pixel_values)  # [N, P, Dv]
         features = features.to(next(self.connector.parameters()).dtype)
         if not getattr(self.connector, "instruct", False):
             return self.connector(features)  # [N, V, D]

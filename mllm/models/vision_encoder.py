@@ -12,6 +12,7 @@ N images, P patches, Dv width of the features, H W pixels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -65,8 +66,10 @@ class VisionEncoder(nn.Module):
         state = output if isinstance(output, Tensor) else output[0]
         self._features[layer] = norm(state) if norm else state
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """[N, 3, H, W] -> [N, P, Dv], with a gradient only where a weight of the encoder asks for one.
+    def forward(self, pixel_values: Tensor, grids: Sequence[tuple[int, int]] = ()) -> Tensor:
+        """[N, 3, H, W] -> [N, P, Dv], with a gradient only where a weight of the encoder asks for one. `grids` are rows
+        and columns of images that keep their aspect, and travel in squares (`native_aspect.py`); what stands behind
+        their own patches means nothing.
 
         Raises:
             ValueError: the images are not of the size that the encoder's config promises, are uint8 and nobody told
@@ -80,21 +83,28 @@ class VisionEncoder(nn.Module):
             )
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.model.parameters())
         with torch.set_grad_enabled(trains):
-            self.model(**self.inputs(self.normalised(pixel_values).to(self.model.dtype)))
+            self.model(**self.inputs(self.normalised(pixel_values).to(self.model.dtype), grids))
         features, self._features = self._features, {}
         kept = [self.without_prefix(features[layer]) for layer in self.taps]
         return torch.cat(kept, dim=-1) if len(kept) > 1 else kept[0]  # [N, P, Dv]
 
-    def inputs(self, pixels: Tensor) -> dict[str, Any]:
+    def inputs(self, pixels: Tensor, grids: Sequence[tuple[int, int]] = ()) -> dict[str, Any]:
         """[N, 3, H, W] as the model takes it: SigLIP2 NaFlex wants patches and the shape of their grid."""
         if self.model.config.model_type != "siglip2_vision_model":
             return {"pixel_values": pixels}
         images, across, patch = len(pixels), self.grid.across, self.grid.patch
         blocks = pixels.unflatten(3, (across, patch)).unflatten(2, (across, patch))  # [N, 3, across, p, across, p]
+        shapes = torch.tensor(
+            grids or [(across, across)] * images, device="cpu"
+        )  # read as numbers: no wait for a device
+        own = shapes.prod(1, keepdim=True).to(pixels.device)  # [N, 1]
         return {
             "pixel_values": blocks.permute(0, 2, 4, 3, 5, 1).reshape(images, self.num_patches, -1),  # [N, P, p * p * 3]
-            "pixel_attention_mask": None,  # no patch is padding
-            "spatial_shapes": torch.full((images, 2), across, device="cpu"),  # read as numbers: no wait for a device
+            # without grids no patch is padding
+            "pixel_attention_mask": (torch.arange(self.num_patches, device=pixels.device) < own).int()
+            if grids
+            else None,
+            "spatial_shapes": shapes,
         }
 
     def normalised(self, pixel_values: Tensor) -> Tensor:

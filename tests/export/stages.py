@@ -123,7 +123,7 @@ def make_stage(
     data = data or DataConfig()
     processor = replace(processor, tiles=data.tiles, max_tiles=data.max_tiles)
     torch.manual_seed(3)
-    built = build_model(parts, processor.image_token_id, any_resolution=processor.any_resolution)
+    built = build_model(parts, processor.image_token_id, layout=processor.layout)
     adapter = (Lora(rank=4, alpha=8) if lora is True else lora) or None
     rates = LearningRates(connector=1e-3, llm=1e-3 if adapter else None)
     choose_trainable(built, rates, adapter)

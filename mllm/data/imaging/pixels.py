@@ -20,6 +20,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from mllm.native_aspect import NativeAspect
 from mllm.types import Normalisation
 
 Way = Callable[[Image.Image], Tensor]
@@ -72,6 +73,18 @@ def squared(image: Image.Image, shape: Shape, resample: int, crop: bool) -> Imag
     """The image at the encoder's size: the largest part of that aspect in its middle, or all of it, squeezed."""
     size = shape[2], shape[1]
     return ImageOps.fit(image, size, Image.Resampling(resample)) if crop else image.resize(size, resample)
+
+
+def in_patches(image: Image.Image, aspect: NativeAspect, size: tuple[int, int], resample: int) -> Tensor:
+    """[1, 3, side, side] uint8: the patches of the image of that width and height in reading order, then zeros."""
+    (rows, columns), patch = aspect.patches(*size), aspect.patch
+    pixels = as_bytes(image.resize((columns * patch, rows * patch), resample))
+    own = pixels.unflatten(3, (columns, patch)).unflatten(2, (rows, patch))  # [1, 3, rows, p, columns, p]
+    own = own.transpose(3, 4).flatten(2, 3)  # [1, 3, rows * columns, p, p]
+    across = aspect.side // patch
+    sheet = pixels.new_zeros(1, 3, across**2, patch, patch)
+    sheet[:, :, : rows * columns] = own
+    return sheet.unflatten(2, (across, across)).transpose(3, 4).flatten(4, 5).flatten(2, 3)
 
 
 def cheapest_way(image_processor: Any) -> tuple[Way, Normalisation | None, Shape]:

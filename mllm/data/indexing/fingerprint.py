@@ -17,6 +17,9 @@ from pydantic import TypeAdapter
 from mllm.data.formats.source import Source
 from mllm.data.processor import Processor
 
+BESIDE = ("any_resolution", "native_aspect")
+"""Rooms of both sides that say how many visual tokens an image has."""
+
 
 def of_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -51,5 +54,5 @@ def spelled_out(value: Any) -> Any:
 def of_code() -> str:
     """The code that reads and measures: counts of an older version of it are not trusted."""
     folder = Path(__file__).parents[1]  # mllm/data
-    files = [*sorted(folder.rglob("*.py")), folder.parent / "any_resolution.py"]
+    files = [*sorted(folder.rglob("*.py")), *(folder.parent / f"{name}.py" for name in BESIDE)]
     return of_text("".join(f"{file.relative_to(folder.parent)}\n{file.read_text()}" for file in files))

@@ -21,6 +21,9 @@ class Connector(Schema):
     in_rows: ClassVar[bool] = True
     """Do the visual tokens stand for places of a square grid, in reading order?"""
 
+    per_patch: ClassVar[bool] = False
+    """Is each visual token made of one patch alone, so that there may be any number of them?"""
+
     def num_tokens(self, num_patches: int) -> int:
         """V for P patches: as many, unless a connector says otherwise."""
         return num_patches

@@ -6,7 +6,7 @@ Enters: patch features [N, P, Dv]. Leaves: visual tokens [N, P, D].
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import nn
 
@@ -17,6 +17,7 @@ from mllm.models.connectors.connector import Connector
 class LinearConnector(Connector):
     """A single linear layer with a bias."""
 
+    per_patch: ClassVar[bool] = True
     type: Literal["linear"] = "linear"
 
     def build(self, encoder_width: int, llm_width: int, num_patches: int) -> nn.Module:

@@ -7,7 +7,7 @@ is what stock Llava can hold.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import nn
 
@@ -18,6 +18,7 @@ from mllm.models.connectors.connector import Connector
 class MLPConnector(Connector):
     """`depth` linear layers, GELU between them."""
 
+    per_patch: ClassVar[bool] = True
     type: Literal["mlp"] = "mlp"
     depth: int = 2
     """Linear layers, at least 2."""

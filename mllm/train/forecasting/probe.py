@@ -108,9 +108,10 @@ def made_up(model: MultimodalLM, shape: Shape, visual_tokens: int) -> Batch:
     side = model.vision_encoder.grid.side
     input_ids = torch.full((shape.rows * shape.length,), int(model.image_token_id == 0))  # any word
     images = shape.images
-    if model.image_newline is not None:  # here each tile has a newline and no border: a few may find no room
+    if model.image_newline is not None:
         visual_tokens += 1
-        images = min(images, len(input_ids) // visual_tokens)
+    # without its size an image has all tokens that it may have, and a tile no border: a few may find no room
+    images = min(images, len(input_ids) // visual_tokens)
     input_ids[: images * visual_tokens] = model.image_token_id
     positions = torch.arange(shape.length) % -(-shape.length // 2)  # they restart, so that attention runs as if packed
     labels = torch.full((shape.rows, shape.length), IGNORE_INDEX)

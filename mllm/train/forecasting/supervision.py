@@ -28,7 +28,7 @@ def supervised_share(index: Index | Look, processor: Processor) -> float:
 
 def visual_tokens(index: Index | Look, processor: Processor) -> int:
     """Of all samples, newlines among them."""
-    layout = processor.any_resolution
+    layout = processor.layout
     if layout is None:
         return int(index.tiles.sum()) * processor.num_visual_tokens
     if isinstance(index, Look):
