@@ -191,3 +191,15 @@ def test_quicker_way_is_kept(played: None, monkeypatch: pytest.MonkeyPatch) -> N
         quick.cache.reserve(3000 if most == 4 else 1)
     assert quick.ways == ["compiled"]
     assert tried == ["fused", "compiled", "compiled"]
+
+
+def test_way_that_fails_leaves_the_others(played: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    ordinary = greedy_of("llama")
+    quick = recorded.RecordedGreedy(ordinary.model, [], ordinary.device, compiled=True)
+
+    def broken(_: Any) -> None:
+        raise RuntimeError("no compiler found")
+
+    monkeypatch.setattr(recorded, "WAYS", {"fused": lambda _: None, "compiled": broken})
+    assert list(quick.answer(prompt(ASKED), 8)) == list(ordinary.answer(prompt(ASKED), 8))
+    assert (quick.refused, quick.failed) == ("", {"compiled": "no compiler found"})

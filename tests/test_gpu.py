@@ -252,7 +252,7 @@ def test_kernels_of_one_token_give_the_llms_own_logits(family: str) -> None:
     for talk in turns(picture(1), number=1):
         "".join(quick.stream(talk, 8))
     assert isinstance(quick.greedy, RecordedGreedy)
-    assert (quick.greedy.refused, quick.greedy.unfused) == ("", "")
+    assert (quick.greedy.refused, quick.greedy.failed) == ("", {})
 
 
 ROOT = Path(__file__).parent.parent

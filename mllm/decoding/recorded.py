@@ -71,8 +71,8 @@ class RecordedGreedy(Greedy):
         self.capacity = 0
         self.ways = list(WAYS)
         """To try for a token; after the first recording, the quicker one alone."""
-        self.unfused = ""
-        """Why there are no kernels of our own, where they should fit."""
+        self.failed: dict[str, str] = {}
+        """Why one of them could not be had."""
         self.refused = ""
         """Why there can be no recordings."""
         self.ahead = False
@@ -141,7 +141,15 @@ class RecordedGreedy(Greedy):
         llm, cache = self.model.llm, self.cache
         if width > 1 or not self.compiled:
             return Recording(FixedForward(llm, cache, width), nullcontext())
-        found = {name: made for name in self.ways if (made := WAYS[name](self))}
+        found = {}
+        for name in self.ways:
+            try:
+                if made := WAYS[name](self):
+                    found[name] = made
+            except Exception as error:  # a Triton too old for the device, a compiler that is missing
+                self.failed[name] = first_line(error)
+        if not found:
+            return Recording(FixedForward(llm, cache, 1), nullcontext())
         quickest = min(found, key=lambda name: found[name].seconds())
         self.ways = [quickest]
         return found[quickest]
@@ -155,15 +163,11 @@ class RecordedGreedy(Greedy):
         """Kernels of our own, where they fit and are right."""
         if not fusable(self.model.llm):
             return None
-        try:
-            with torch.no_grad():
-                forward = FusedForward(self.model.llm, self.cache)
-                forward.positions.fill_(len(self.marks))
-                forward.prove()
-            return Recording(forward, nullcontext())
-        except Exception as error:  # a Triton too old for the device, say
-            self.unfused = first_line(error)
-            return None
+        with torch.no_grad():
+            forward = FusedForward(self.model.llm, self.cache)
+            forward.positions.fill_(len(self.marks))
+            forward.prove()
+        return Recording(forward, nullcontext())
 
 
 WAYS: dict[str, Callable[[RecordedGreedy], Recording | None]] = {
