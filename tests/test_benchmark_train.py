@@ -196,7 +196,9 @@ def test_what_is_counted_keeps_what_is_asked() -> None:
     assert found["waits"] == 0
 
 
-def test_all_ways_take_turns_with_fit() -> None:
+def test_all_ways_take_turns_with_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"LLM": "tiny", "ENCODER": "tiny", "SHRINK": 36, "TOKENS": 512, "BATCH": 8}.items():
+        monkeypatch.setattr(ratios, name, value)
     seconds = ratios.take_turns(1, lambda words: None)
     assert {name: len(each) for name, each in seconds.items()} == dict.fromkeys(
         ("ours", "bare", "all logits", "padded"), 1
