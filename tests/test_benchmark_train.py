@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -82,7 +83,7 @@ def test_every_configuration_has_a_name_of_its_own_and_one_beside_it() -> None:
     names = [row.name for row in configurations()]
     assert max(Counter(names).values()) == 1
     known = {row.name for llm in ("1.5B", "7B") for row in (*stage_1(llm), *stage_2(llm))}
-    assert known == set(names) - {"B4 0.5B", "B4 3B"}
+    assert known == set(names) - {"B4 0.5B", "B4 3B", "CLIP 1.5B"}
     assert all(row.beside in ("", *names) for row in configurations())
 
 
@@ -204,6 +205,23 @@ def test_all_ways_take_turns_with_fit(monkeypatch: pytest.MonkeyPatch) -> None:
         ("ours", "bare", "all logits", "padded"), 1
     )
     assert all(each[0] > 0 for each in seconds.values())
+
+
+def test_one_command_measures_training_and_chat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[list[str]] = []
+
+    def run(command: list[str]) -> Any:
+        called.append(command[2:])
+        return subprocess.CompletedProcess(command, returncode=len(called) - 1)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "gpu", "--out", str(tmp_path), "--minutes", "9"])
+    with pytest.raises(SystemExit, match="1"):
+        runpy.run_path(str(RECIPES / "benchmark.py"), run_name="__main__")
+    assert called == [
+        ["train", "--minutes", "7", "--json", str(tmp_path / "train.json")],
+        ["chat", "--json", str(tmp_path / "chat.json")],
+    ]
 
 
 def test_on_a_cpu_ratios_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,6 +68,7 @@ def configurations() -> list[Configuration]:
     known = [
         *(row for llm in ("1.5B", "7B") for row in (*stage_1(llm), *stage_2(llm))),
         *(replace(default(llm), beside="") for llm in ("0.5B", "3B")),
+        replace(default("1.5B"), name="CLIP 1.5B", words="B4 with CLIP-L-336, 576 tokens", encoder="clip-l-336"),
     ]
     return sorted(known, key=lambda row: FIRST.index(row.name) if row.name in FIRST else len(FIRST))
 
