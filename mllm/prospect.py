@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 REMOTE, NOTHING = "remote code", "nothing"
 CHOICES: dict[str, dict[str, list[Any]]] = {
     "mlp": {"norm": [False, True], "depth": [2]},
-    "pixel_shuffle": {"norm": [True, False], "activation": ["gelu", "swiglu"], "depth": [2, 1]},
+    "pixel_shuffle": {"norm": [True, False], "activation": ["swiglu", "gelu"], "depth": [2, 1]},
     "avg_pool": {"depth": [1]},
 }
-"""Settings of a connector that decide about its class and leave it what it is."""
+"""Settings of a connector that decide about its class and leave it what it is; the first that does comes first."""
 
 
 @dataclass(frozen=True)

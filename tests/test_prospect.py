@@ -39,7 +39,7 @@ def run(folder: Path, connector: Any, data: DataConfig | None = None, **more: An
     ("encoder", "connector", "more", "instead"),
     [
         ("siglip_fine", PixelShuffleConnector(depth=1), {}, {"norm": True}),
-        ("clip", PixelShuffleConnector(), {}, {"norm": True, "depth": 1}),
+        ("clip", PixelShuffleConnector(), {}, {"norm": True, "activation": "swiglu"}),
         ("siglip_fine", AvgPoolConnector(tokens=4), {}, {"feature_norm": True, "depth": 1}),
         ("siglip_fine", MLPConnector(depth=3), {"feature_norm": True}, {"depth": 2}),
         ("clip", MLPConnector(), {"feature_norm": True}, {"feature_norm": False}),

@@ -84,7 +84,9 @@ def test_command_tells_parts_tokens_and_loaders(tmp_path: Path, monkeypatch: pyt
     assert run(monkeypatch, stage) == 0
     told = capsys.readouterr().out
     assert "1 visual tokens" in told
-    assert "model.connector.norm: true, model.connector.depth: 1 would make it AyaVisionForConditional" in told
+    assert (
+        "model.connector.norm: true, model.connector.activation: swiglu would make it AyaVisionForConditional" in told
+    )
     for word in ("transformers", "vLLM", "SGLang", "llama.cpp", "pixel_shuffle"):
         assert word in told
     assert run(monkeypatch, stage, "--json") == 0
