@@ -42,8 +42,8 @@ class Budget:
     seconds: float = 60.0
     """Of warm-up and steps, from the end of the first one on, which compiles; behind it the timed steps end, though not
     before `fewest` of them."""
-    fewest: int = 8
-    rooms: int = 4
+    fewest: int = 5
+    rooms: int = 2
     """Steps whose rooms are told apart, and in which waits for the device are counted, after the timed ones."""
 
     def over(self, accumulation: int) -> Budget:
