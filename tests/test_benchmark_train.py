@@ -240,7 +240,9 @@ def test_the_page_is_made_of_its_files() -> None:
     results = read_results()
     assert results
     assert PAGE.read_text() == filled(PAGE.read_text(), results)
-    assert README.read_text() == quoted(README.read_text(), results)
+    readme, ratio = README.read_text(), results["train-cpu"]["ratios"]["ours_over_bare"]["median"]
+    assert readme == quoted(readme, results)
+    assert f"our loop with its loader costs {ratio:.2f} times the CPU" in readme.replace("\n", " ")
 
 
 def test_a_page_without_a_place_for_a_file_is_refused() -> None:
