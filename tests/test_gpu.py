@@ -212,6 +212,17 @@ def test_forward_and_backward_never_wait_for_the_device() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_memory_is_foretold_without_the_loss_kernel() -> None:
+    """Tensors without data have no address that a kernel could be given."""
+    from mllm.train.forecasting.memory import predict
+    from mllm.train.forecasting.shadow import Setup, Shape
+
+    model = make_model().requires_grad_(False)
+    model.connector.requires_grad_(True)
+    shape = Shape(rows=1, length=64, images=1, supervised=9)
+    assert predict(model, shape, Setup(device=torch.device("cuda"))).phases["loss"] > 0
+
+
 def test_float32_loss_on_the_device_equals_the_loss_on_the_cpu() -> None:
     processor, model = make_processor(), make_model()
     batch = batch_of([[processor(make_sample(i)) for i in range(4)]])

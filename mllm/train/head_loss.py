@@ -14,6 +14,8 @@ K supervised positions, C of a chunk, D width of the LLM, V vocabulary.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -121,10 +123,10 @@ def chunks(rows: int) -> list[slice]:
 
 def to_gradient(logits: Tensor, targets: Tensor, weights: Tensor, config: Any, wanted: bool) -> Tensor:
     """The loss of each row [C] float32; where `wanted`, its weighted gradient takes the place of `logits` [C, V]."""
-    if wanted and logits.is_cuda and has_triton() and not any(getattr(config, name, None) for name in BEHIND):
-        from mllm.train.kernels.entropy import entropy_in_place
-
-        return entropy_in_place(logits, targets, weights)
+    plain = not any(getattr(config, name, None) for name in BEHIND)
+    # a tensor without data, of which memory is foretold, is of another type
+    if wanted and plain and logits.is_cuda and type(logits) is Tensor and (in_place := kernel(logits.device)):
+        return in_place(logits, targets, weights)
     size = max(1, FLOAT32_BYTES // (4 * logits.shape[1]))
     losses = [logits.new_zeros(0, dtype=torch.float32)]
     for raw, target, weight in zip(logits.split(size), targets.split(size), weights.split(size), strict=True):
@@ -138,5 +140,16 @@ def to_gradient(logits: Tensor, targets: Tensor, weights: Tensor, config: Any, w
 
 
 @cache
-def has_triton() -> bool:
-    return find_spec("triton") is not None
+def kernel(device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    """Triton's, where there is one: its first use needs a C compiler."""
+    if find_spec("triton") is None:
+        return None
+    try:
+        from mllm.train.kernels.entropy import entropy_in_place
+
+        one = torch.zeros(1, 8, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+        entropy_in_place(*one, torch.ones(1, device=device))
+    except Exception as error:  # each missing piece ends in an error of its own
+        warnings.warn(f"the loss is computed without Triton, in more memory and time: {error}", stacklevel=2)
+        return None
+    return entropy_in_place

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -132,6 +133,13 @@ def test_no_row_costs_nothing_and_has_a_gradient_of_zero() -> None:
     ours = outcome(head_loss, model, case(model, rows=0))
     assert float(ours["sum"]) == 0.0
     assert ours["states"].shape == (0, WIDTH)
+
+
+def test_a_kernel_that_cannot_be_built_is_done_without_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "find_spec", lambda name: name)
+    monkeypatch.setitem(sys.modules, "mllm.train.kernels.entropy", None)
+    with pytest.warns(UserWarning, match="computed without Triton"):
+        assert room.kernel.__wrapped__(torch.device("cpu")) is None
 
 
 def test_chunks_are_alike_and_neither_small_nor_large() -> None:
