@@ -216,3 +216,17 @@ def test_a_family_that_hides_its_window_from_kernels_is_found(monkeypatch: pytes
     monkeypatch.setattr("mllm.models.packed.function.reference", lambda *given: blind(*given[:-1], None))
     with pytest.raises(ValueError, match=r"attends otherwise"):
         prove(llm)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", LLM_CONFIGS)
+def test_flex_sees_in_a_packed_row_what_the_familys_own_masks_show(family: str) -> None:
+    """Forward alone: on a CPU torch has no backward pass for it, and its kernel is compiled for each family."""
+    batch, own = batches([[1, 2, 3], [4, 5]]), "eager" if family == "gemma2" else "sdpa"
+    inputs: Any = model_inputs(batch, CPU)
+    del inputs["labels"]
+    torch._dynamo.reset()
+    with torch.no_grad():
+        flex, masks = (make_model(family, name, head_dim=16).eval()(**inputs) for name in ("flex_attention", own))
+    real = (batch["input_ids"] != 0)[..., None]
+    torch.testing.assert_close(flex * real, masks * real, rtol=0, atol=1e-4)
