@@ -149,6 +149,8 @@ def kernel(device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor] |
 
         one = torch.zeros(1, 8, device=device), torch.zeros(1, dtype=torch.int64, device=device)
         entropy_in_place(*one, torch.ones(1, device=device))
+    except torch.OutOfMemoryError:
+        raise  # says nothing of the kernel
     except Exception as error:  # each missing piece ends in an error of its own
         warnings.warn(f"the loss is computed without Triton, in more memory and time: {error}", stacklevel=2)
         return None
