@@ -34,12 +34,12 @@ def aligned(lora: Lora | None = None, family: str = "llama") -> MultimodalLM:
 
 def test_every_row_keeps_four_significant_bits_whatever_its_size() -> None:
     draw = torch.Generator().manual_seed(0)
-    matrix = torch.randn(40, 64, generator=draw) * torch.logspace(-8, 4, 40)[:, None]
+    matrix = torch.randn(40, 64, generator=draw) * torch.logspace(-20, 4, 40)[:, None]
     eight, scale = quantise(matrix)
     assert eight.dtype == torch.float8_e4m3fn
     back, largest = eight.float() * scale, matrix.abs().amax(1, keepdim=True)
     assert ((back - matrix).abs() <= matrix.abs() / 16 + largest / 2**17).all()
-    assert torch.allclose(back.abs().amax(1, keepdim=True), largest)
+    torch.testing.assert_close(back.abs().amax(1, keepdim=True), largest, rtol=1e-6, atol=0)
 
 
 def test_a_row_of_zeros_stays_one() -> None:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 LARGEST = 448.0
 """Of e4m3."""
+LEAST = 1e-30
+"""Of a scale: gradients of single numbers are as small as 1e-12, and a row of zeros needs one too."""
 FIRST = (8, 9)
 """Compute capability of the first GPUs that multiply such numbers."""
 MULTIPLE = 16
@@ -180,5 +182,5 @@ def quantise(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """[M, K] -> [M, K] e4m3 and the scale of each row [M, 1] float32, their product the matrix but for rounding."""
     if matrix.is_cuda:
         return torch.ops.mllm.rows_to_fp8(matrix.contiguous())  # type: ignore[no-any-return]
-    scale = (matrix.abs().amax(-1, keepdim=True).float() / LARGEST).clamp(min=1e-12)
+    scale = (matrix.abs().amax(-1, keepdim=True).float() / LARGEST).clamp(min=LEAST)
     return (matrix.float() / scale).to(torch.float8_e4m3fn), scale
