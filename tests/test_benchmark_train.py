@@ -21,7 +21,7 @@ sys.path.append(str(RECIPES))
 from benchmarks import counted, naive, product, ratios, training  # noqa: E402
 from benchmarks.configurations import configurations, default, stage_1, stage_2  # noqa: E402
 from benchmarks.drawn_training import Drawing, draw  # noqa: E402
-from benchmarks.page import PAGE, README, filled, markdown, put, quoted, read_results  # noqa: E402
+from benchmarks.page import PAGE, README, filled, markdown, put, quoted, read_results, tables  # noqa: E402
 from benchmarks.sizes import LLMS, draw_model  # noqa: E402
 from benchmarks.stopwatch import ROOMS, Budget, Enough, Stopwatch  # noqa: E402
 from benchmarks.training_report import HEADS, lines, rate_table, room_lines  # noqa: E402
@@ -248,3 +248,12 @@ def test_the_page_is_made_of_its_files() -> None:
 def test_a_page_without_a_place_for_a_file_is_refused() -> None:
     with pytest.raises(ValueError, match=r"0 blocks <!-- cpu --> for cpu\.json"):
         put("words", "cpu", "tables")
+
+
+def test_configurations_without_time_are_named_and_have_no_row() -> None:
+    found = read_results()["train-h200"]
+    late = [name for name, row in found["rows"].items() if "tokens_per_second" not in row]
+    assert late
+    told = tables(found)
+    assert all(name in told.splitlines()[0] for name in late)
+    assert not any(f"| {name} |" in told for name in late)

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from benchmarks.peers_report import facts_table, peers_table
-from benchmarks.training_report import count_table, rate_table, ratio_table, room_table
+from benchmarks.training_report import count_table, rate_table, ratio_table, room_table, unmeasured
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[2] / "BENCHMARKS.md"
@@ -103,7 +103,8 @@ def origin(found: dict[str, Any]) -> str:
         if "ceiling" in found
         else ""
     )
-    return f"{where}; {libraries}; {machine['date']}: `{machine['command']}`.{ceiling}\n"
+    late = f" No time was left for {', '.join(unmeasured(found))}." if "rows" in found and unmeasured(found) else ""
+    return f"{where}; {libraries}; {machine['date']}: `{machine['command']}`.{ceiling}{late}\n"
 
 
 def read_results(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:

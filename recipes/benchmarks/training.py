@@ -23,6 +23,7 @@ from benchmarks.configurations import Configuration, attention, configurations
 from benchmarks.drawn_training import Drawing, DrawnIndex, draw
 from benchmarks.sizes import ENCODERS, LLMS, draw_model
 from benchmarks.stopwatch import Budget, Stopwatch
+from benchmarks.training_report import NO_TIME
 from mllm.models.multimodal import MultimodalLM
 from mllm.train.forecasting.flops import Cost, Work, cost_of
 from mllm.train.forecasting.peaks import peak_flops
@@ -69,7 +70,7 @@ def measure(
         start = time.time()
         left = minutes * 60 - (start - found["began"])
         if left < LEAST_SECONDS:
-            numbers: dict[str, Any] = {"error": f"no time left of --minutes {minutes:g}"}
+            numbers: dict[str, Any] = {"error": f"{NO_TIME} of --minutes {minutes:g}"}
         else:
             share = row.weight / sum(other.weight for other in rows[place:])
             budget = Budget(seconds=SHARE * left * share)

@@ -15,6 +15,8 @@ from benchmarks.counted import ASKED
 from benchmarks.stopwatch import ROOMS
 
 GIB = 2**30
+NO_TIME = "no time left"
+"""So begins the error of a configuration that was not begun."""
 HEADS = ("", "", "tokens/s", "p10 - p90", "MFU", "of ceiling", "peak GiB", "fill", "beside", "floor")
 FLOORS = {"B4 0.5B": 110_000, "B4 1.5B": 55_000, "B4 3B": 31_000, "B4 7B": 16_500, "S2 7B": 14_500, "S2 1.5B": 42_000}
 """Real tokens a second that an H200 shall reach."""
@@ -23,7 +25,13 @@ Cells = list[str]
 
 def lines(found: dict[str, Any]) -> list[Cells]:
     """The cells under `HEADS`, configuration by configuration."""
-    return [line(name, row, found) for name, row in found["rows"].items()]
+    late = unmeasured(found)
+    return [line(name, row, found) for name, row in found["rows"].items() if name not in late]
+
+
+def unmeasured(found: dict[str, Any]) -> list[str]:
+    """Configurations for which no time was left."""
+    return [name for name, row in found["rows"].items() if row.get("error", "").startswith(NO_TIME)]
 
 
 def line(name: str, row: dict[str, Any], found: dict[str, Any]) -> Cells:
@@ -108,7 +116,10 @@ def count_table(found: dict[str, Any]) -> Table:
 
 def rate_table(found: dict[str, Any]) -> Table:
     """For the screen."""
-    return screen("stage 1 and 2: real tokens a second", HEADS, lines(found))
+    table = screen("stage 1 and 2: real tokens a second", HEADS, lines(found))
+    if late := unmeasured(found):
+        table.caption = f"no time was left for {', '.join(late)}"
+    return table
 
 
 def room_table(found: dict[str, Any]) -> Table:
