@@ -27,6 +27,7 @@ from mllm.models.image_newline import ImageNewline
 from mllm.models.packed.boundaries import Boundaries
 from mllm.models.packed.choice import packed_mask
 from mllm.models.splice import splice
+from mllm.models.stored_features import StoredFeatures
 from mllm.models.vision_encoder import VisionEncoder
 from mllm.native_aspect import NativeAspect
 
@@ -50,7 +51,7 @@ class MultimodalLM(nn.Module):
         """How images are read that keep their aspect; `build_model` sets it."""
         self.llm: Any = llm
         self.image_token_id = image_token_id
-        self.feature_cache: FeatureCache | None = None
+        self.feature_cache: FeatureCache | StoredFeatures | None = None
         """Where features of a frozen encoder are kept, if the run wants it; only training sets it."""
         self.encoder_batch: int | None = None
         """Images that go through the encoder at a time, with blank ones where there are fewer; None takes them as they

@@ -88,9 +88,10 @@ def check(accelerator: Accelerator, train: TrainConfig, quantisation: str | None
             f"model.quantisation {quantisation} under FSDP2, which cuts weights into rows, and four bits are packed "
             f"without rows: use DeepSpeed ZeRO stage 2 or plain DDP, or leave the quantisation out"
         )
-    if shards_weights(accelerator) and train.feature_cache:
+    if shards_weights(accelerator) and train.keeps_features:
         raise ValueError(
-            "train.feature_cache where the encoder is sharded (ZeRO stage 3, FSDP2): a rank that has all its images in "
+            "train.feature_cache or train.feature_cache_dir where the encoder is sharded (ZeRO stage 3, FSDP2): "
+            "a rank that has all its images in "
             "the cache would not take part when the others put it together: use ZeRO stage 2, or leave the cache out"
         )
 

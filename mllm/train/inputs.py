@@ -5,7 +5,8 @@ of its placeholders and of its supervised tokens, and where its samples begin. E
 zero: on the host it costs microseconds, on a device the host would wait for all work that is still to be done there.
 
 While a micro-batch is computed the next one is copied, on a stream of its own. Where the encoder is frozen and takes
-its images in groups (`models/image_groups.py`), their features come in the place of pixels.
+its images in groups (`models/image_groups.py`), or a folder keeps what it gave (`models/stored_features.py`), features
+come in the place of pixels.
 
 K supervised tokens, N images, P patches, Dv width of the features, V visual tokens an image, M samples.
 """
@@ -24,6 +25,7 @@ from mllm.models.multimodal import MultimodalLM
 from mllm.models.packed.boundaries import Boundaries, boundaries
 from mllm.models.packed.choice import reads_boundaries
 from mllm.models.splice import slot_numbers
+from mllm.models.stored_features import StepFeatures, StoredFeatures
 from mllm.train.losses import Reduction, Supervision, model_inputs, supervision
 from mllm.types import Batch
 
@@ -74,9 +76,13 @@ class StepInputs:
         return torch.zeros(1, encoder.num_patches, encoder.width, device=self.accelerator.device)
 
 
-def step_images(device: torch.device, model: MultimodalLM, parts: Sequence[Batch]) -> StepImages | None:
-    """Where features can be made before the forward pass that reads them: of a frozen encoder, in groups."""
+def step_images(device: torch.device, model: MultimodalLM, parts: Sequence[Batch]) -> StepImages | StepFeatures | None:
+    """Where features can be had before the forward pass that reads them: of a frozen encoder, from a folder or in
+    groups."""
     trains = any(parameter.requires_grad for parameter in model.vision_encoder.parameters())
+    if isinstance(model.feature_cache, StoredFeatures) and not trains:
+        pixels = [batch["pixel_values"] for batch in parts if batch["num_images"]]
+        return model.feature_cache.step(model.vision_encoder, pixels, lambda tensor: sent(tensor, device))
     if not model.encoder_batch or model.feature_cache or trains:
         return None
     pixels = [batch["pixel_values"] for batch in parts if batch["num_images"]]

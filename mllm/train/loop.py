@@ -23,9 +23,8 @@ from mllm.data.plan import Plan
 from mllm.data.processor import Processor
 from mllm.data.streams.plan import StreamPlan
 from mllm.data.streams.reader import Stream
-from mllm.models.feature_cache import FeatureCache
 from mllm.models.multimodal import MultimodalLM
-from mllm.train import engine
+from mllm.train import engine, feature_caching
 from mllm.train.audit import Audit
 from mllm.train.checkpoint import load_optimizer, load_weights, newest_state, save_checkpoint
 from mllm.train.engines import zero
@@ -75,7 +74,7 @@ def fit(
     fast_lora.switch_on(accelerator, model, train.mixed_precision)
     compiling.switch_on(accelerator, model, train, data)
     set_mode(model)
-    model.feature_cache = make_cache(train)
+    cache = feature_caching.switch_on(accelerator, model, processor, index, plan, train)
     groups = parameter_groups(model, train.learning_rate, train.weight_decay)
     name, last_step = fingerprint(index, plan), num_steps(plan, train)
     first_step = load_weights(train.output_dir, model, name) if resume else 0
@@ -92,6 +91,7 @@ def fit(
         guard.resume(accelerator, first_step)
     watchdog = Watchdog(accelerator, train.output_dir, train.hang_seconds, train.hang_stop_seconds)
     micro_batches = batches(dataset, first_step, last_step, data.num_workers, watchdog.asked)
+    micro_batches = feature_caching.one_ahead(cache, micro_batches, dataset.accumulation)
     micro_batches = watchdog.loaded(micro_batches, first_step, dataset.accumulation)
     take_step = partial(
         optimise,
@@ -141,6 +141,7 @@ def fit(
                 break
         else:
             audit.finish(last_step - first_step)
+    feature_caching.finish(cache)
     if accelerator.is_main_process:
         ledger.write()
     accelerator.wait_for_everyone()
@@ -150,19 +151,6 @@ def fit(
 def is_due(step: int, every: int | None) -> bool:
     """Does a checkpoint follow this step?"""
     return every is not None and step % every == 0
-
-
-def make_cache(train: TrainConfig) -> FeatureCache | None:
-    """The cache that the settings ask for.
-
-    Raises:
-        ValueError: the encoder trains, so that its features change from step to step.
-    """
-    if not train.feature_cache:
-        return None
-    if train.learning_rate.vision_encoder is not None:
-        raise ValueError("train.feature_cache keeps features of a frozen encoder: leave out its learning rate, or this")
-    return FeatureCache(train.feature_cache)
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

@@ -69,6 +69,11 @@ class TrainConfig(Schema):
     the last of a step are filled up with blank ones. Where it is not set, those of a micro-batch."""
     feature_cache: NotNegative = 0
     """Gigabytes of memory for features of the frozen encoder, which then sees each image once; 0 keeps none."""
+    feature_cache_dir: Path | None = None
+    """A folder that keeps features of the frozen encoder over epochs and runs, in the place of `feature_cache`. One
+    folder belongs to one encoder with its layers, image processor and precision; another run is refused there."""
+    feature_cache_dir_gigabytes: NotNegative = 100
+    """What the folder may hold; later images are encoded each time."""
     eval_every: Positive | None = None
     """Steps between held-out losses (`data.held_out`); where it is not set, once at the end."""
     log_every: Positive | None = None
@@ -101,6 +106,11 @@ class TrainConfig(Schema):
     """At the first checkpoint and at the end: did what trains move, and nothing else; does the written stage say what
     the model in memory says. `full` reads it back in a fresh process (seconds), `quick` in this one."""
     seed: int = 0
+
+    @property
+    def keeps_features(self) -> bool:
+        """In memory or in a folder."""
+        return bool(self.feature_cache or self.feature_cache_dir)
 
     def __post_init__(self) -> None:
         if self.gradient_checkpointing == []:  # the flag without a value, as tyro reads it; a YAML's is refused

@@ -25,7 +25,7 @@ from mllm.train.forecasting.largest import largest
 from mllm.train.forecasting.levers import Lever, levers
 from mllm.train.forecasting.memory import Memory, predict
 from mllm.train.forecasting.probe import Probe, made_up, probe
-from mllm.train.forecasting.room import checkpoint_bytes, disk_free, memory_for, stage_bytes
+from mllm.train.forecasting.room import checkpoint_bytes, disk_free, filesystem, memory_for, stage_bytes
 from mllm.train.forecasting.shadow import Setup, Shape
 from mllm.train.settings import TrainConfig
 from mllm.train.trainable import set_mode
@@ -52,10 +52,12 @@ class Disk:
     stage: int
     """Of the finished stage folder's tensors."""
     free: int
+    features: int = 0
+    """That a folder of kept features may still take of the same disk."""
 
     @property
     def needed(self) -> int:
-        return self.checkpoint * self.kept + self.stage
+        return self.checkpoint * self.kept + self.stage + self.features
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ def forecast(
         tokens=tokens_per_step(known, plan),
         steps=steps,
         flops=flops * setup.accumulation,
-        disk=disk_of(model, train),
+        disk=disk_of(model, known, train),
         probed=found,
         why=reason or why,
         levers=[] if fits or memory is None else levers(model, shape, setup),
@@ -173,10 +175,23 @@ def cache_bytes(accelerator: Accelerator, model: MultimodalLM, known: Index | Lo
     """What kept features will take of the device's memory: they lie in the computer's."""
     if accelerator.device.type != "cpu" or not train.feature_cache:
         return 0
+    return feature_bytes(model, known, train.feature_cache)
+
+
+def feature_bytes(model: MultimodalLM, known: Index | Look, gigabytes: float) -> int:
+    """Of all images, as far as they have room."""
     encoder = model.vision_encoder
     one = encoder.num_patches * encoder.width * next(encoder.parameters()).element_size()
-    room = int(train.feature_cache * 2**30)
+    room = int(gigabytes * 2**30)
     return min(room, int(known.tiles.sum()) * one) if isinstance(known, Index) else room
+
+
+def folder_bytes(model: MultimodalLM, known: Index | Look, train: TrainConfig) -> int:
+    """What a folder of features may still grow by; 0 where it lies on another disk than what the run writes."""
+    if not train.feature_cache_dir or filesystem(train.feature_cache_dir) != filesystem(train.output_dir):
+        return 0
+    there = sum(path.stat().st_size for path in train.feature_cache_dir.glob("*.features"))
+    return max(0, feature_bytes(model, known, train.feature_cache_dir_gigabytes) - there)
 
 
 def predicted(model: MultimodalLM, shape: Shape, setup: Setup) -> tuple[Memory | None, str]:
@@ -227,6 +242,7 @@ def tokens_per_step(known: Index | Look, plan: Plan | StreamPlan) -> float:
     return float(plan.rows_per_step * longest * plan.fill())
 
 
-def disk_of(model: MultimodalLM, train: TrainConfig) -> Disk:
+def disk_of(model: MultimodalLM, known: Index | Look, train: TrainConfig) -> Disk:
     kept = train.keep_last + train.keep_best + 1 if train.save_every else 0
-    return Disk(checkpoint_bytes(model, train.optimizer), kept, stage_bytes(model), disk_free(train.output_dir))
+    free, features = disk_free(train.output_dir), folder_bytes(model, known, train)
+    return Disk(checkpoint_bytes(model, train.optimizer), kept, stage_bytes(model), free, features)

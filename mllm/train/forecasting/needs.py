@@ -67,7 +67,8 @@ def time_words(forecast: Forecast) -> str:
 def disk_words(forecast: Forecast) -> str:
     disk = forecast.disk
     checkpoints = f"{disk.kept} checkpoints of {size(disk.checkpoint)}, " if disk.kept else ""
-    return f"{checkpoints}the stage {size(disk.stage)}"
+    features = f", kept features {size(disk.features)}" if disk.features else ""
+    return f"{checkpoints}the stage {size(disk.stage)}{features}"
 
 
 def memory_table(forecast: Forecast) -> Table:

@@ -38,7 +38,17 @@ def memory_for(device: torch.device) -> int:
 
 def disk_free(folder: Path) -> int:
     """Bytes where the folder is, or will be."""
-    return shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
+    return shutil.disk_usage(nearest(folder)).free
+
+
+def filesystem(folder: Path) -> int:
+    """The number of the filesystem where the folder is, or will be."""
+    return nearest(folder).stat().st_dev
+
+
+def nearest(folder: Path) -> Path:
+    """The folder, or the first above it that there is."""
+    return next(place for place in (folder, *folder.absolute().parents) if place.exists())
 
 
 def checkpoint_bytes(model: MultimodalLM, optimizer: str) -> int:

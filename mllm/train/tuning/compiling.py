@@ -45,10 +45,10 @@ def check(accelerator: Accelerator, train: TrainConfig, data: DataConfig, quanti
             "train.encoder_batch where the encoder is sharded (ZeRO stage 3, FSDP2): ranks with more images would call "
             "it more often, and wait for the others for ever: use ZeRO stage 2, or leave it out"
         )
-    if data.image_fit == "aspect" and (train.encoder_batch or train.feature_cache):
+    if data.image_fit == "aspect" and (train.encoder_batch or train.keeps_features):
         raise ValueError(
-            "data.image_fit aspect with train.encoder_batch or train.feature_cache, which hand the encoder pixels "
-            "without the shape of their grid: leave them out"
+            "data.image_fit aspect with train.encoder_batch, train.feature_cache or train.feature_cache_dir, which "
+            "hand the encoder pixels without the shape of their grid: leave them out"
         )
     if not train.compile:
         return
