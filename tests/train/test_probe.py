@@ -164,6 +164,19 @@ def test_kept_features_count_where_they_lie_on_the_device(tmp_path: Path) -> Non
     assert told.memory.parts["feature cache"] == 16 * 4 * 24 * 4  # images, patches, width, bytes
 
 
+def test_folder_of_features_counts_as_disk_up_to_its_limit(tmp_path: Path) -> None:
+    def features(**more: Any) -> int:
+        train = settings(tmp_path / "run", feature_cache_dir=tmp_path / "features", probe=False, **more)
+        return forecast_of(train, mixed(tmp_path)).disk.features
+
+    whole = 16 * 4 * 24 * 4  # images, patches, width, bytes
+    assert features() == whole
+    assert features(feature_cache_dir_gigabytes=1000 / 2**30) == 1000
+    (tmp_path / "features").mkdir()
+    (tmp_path / "features" / "a.features").write_bytes(bytes(384))
+    assert features() == whole - 384
+
+
 def runs_out(*_: Any) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
