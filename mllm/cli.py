@@ -17,12 +17,14 @@ import tyro
 
 from mllm.conversation import COMMANDS, Answers, Talk, question, say
 from mllm.quiet import quiet_libraries
+from mllm.types import Video
 
 NO_MODEL = "no model: train one (`make demo`), or give --model DIR|HUB_ID or set $MLLM_MODEL"
 
 
 def chat(
     image: Annotated[list[str], tyro.conf.UseAppendAction] = [],  # noqa: B006
+    video: Annotated[list[str], tyro.conf.UseAppendAction] = [],  # noqa: B006
     prompt: Annotated[str, tyro.conf.arg(aliases=["-p"])] = "",
     model: str = "",
     max_new_tokens: int = 256,
@@ -33,6 +35,8 @@ def chat(
 
     Args:
         image: Path, URL or data URI; may be repeated.
+        video: A video file, a folder of its frames, or an animated GIF; may be repeated. Seen as up to
+            `data.video_frames` images, a setting of the training that the model remembers.
         prompt: Ask this, print the answer, and stop. Without it a conversation opens (piped text is one question).
         model: Stage folder or Hub id; $MLLM_MODEL, or the newest finished run under runs/, where it is not given.
         max_new_tokens: Longest answer in tokens.
@@ -46,20 +50,22 @@ def chat(
     quiet_libraries()
     from mllm.generate import Assistant, Decoding
 
+    shown: list[str | Video] = [*image, *map(Video, video)]
     faster: Decoding = "recorded" if prompt else "compiled"  # compiling takes longer than one answer does
     assistant = Assistant.load(name, decoding=faster if compile else "ordinary")
     if not prompt:
         if assistant.compiles:
             print("The first answer takes some seconds longer: the LLM is compiled (--no-compile: it is not).")
-        return converse(assistant, list(image), max_new_tokens)
-    answer = assistant.stream(question([], prompt, list(image)), max_new_tokens)
+        return converse(assistant, shown, max_new_tokens)
+    answer = assistant.stream(question([], prompt, shown), max_new_tokens)
     if json_output:
-        print(json.dumps({"model": name, "image": list(image), "prompt": prompt, "answer": "".join(answer).strip()}))
+        told = {"model": name, "image": list(image), **({"video": list(video)} if video else {}), "prompt": prompt}
+        print(json.dumps({**told, "answer": "".join(answer).strip()}))
     else:
         say(answer)
 
 
-def converse(assistant: Answers, images: list[str], max_new_tokens: int) -> None:
+def converse(assistant: Answers, images: list[str | Video], max_new_tokens: int) -> None:
     """Questions and answers until /exit; images named by /image stand in front of the next question."""
     talk = Talk(assistant, images, max_new_tokens)
     print(f"Ask away. {COMMANDS}")

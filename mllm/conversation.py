@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from mllm.types import ImageSource, Mark, Message, Sample
+from mllm.types import ImageSource, Mark, Message, Sample, Video
 
 HELP = {
     "/image PATH": "show it with the next question (path, URL or data URI)",
+    "/video PATH": "the same of a video: a file, a folder of its frames, a GIF",
     "/clear": "forget what was said",
     "/regen": "answer the last question again",
     "/system WORDS": "told to the assistant before everything else; without words, nothing",
@@ -37,7 +38,7 @@ class Answers(Protocol):
 class Talk:
     """What was said so far, and the images that wait for the next question."""
 
-    def __init__(self, assistant: Answers, images: list[str], max_new_tokens: int) -> None:
+    def __init__(self, assistant: Answers, images: list[str | Video], max_new_tokens: int) -> None:
         self.assistant, self.max_new_tokens = assistant, max_new_tokens
         self.given = images
         """Of the command line: they are there again after /clear."""
@@ -45,6 +46,7 @@ class Talk:
         """What /system said."""
         self.commands: dict[str, Callable[[str], None]] = {
             "/image": self.show,
+            "/video": self.play,
             "/clear": self.clear,
             "/regen": self.again,
             "/system": self.tell,
@@ -79,6 +81,11 @@ class Talk:
             raise ValueError("/image without a path: give a path, a URL or a data URI")
         self.waiting = [*self.waiting, unquoted(name)]
 
+    def play(self, name: str) -> None:
+        if not name:
+            raise ValueError("/video without a path: give a video file, a folder of its frames, or a GIF")
+        self.waiting = [*self.waiting, Video(unquoted(name))]
+
     def clear(self, _: str) -> None:
         self.said, self.waiting = Sample("chat", []), list(self.given)
 
@@ -99,14 +106,18 @@ class Talk:
         print(f"{len(messages)} messages in {path}")
 
 
-def question(before: list[Message], words: str, images: list[str]) -> Sample:
-    """A conversation that ends with a question, its images in front unless the words say where."""
-    from mllm.data.formats.source import split_at_images
+def question(before: list[Message], words: str, images: Sequence[str | Video]) -> Sample:
+    """A conversation that ends with a question, its images and videos in front unless the words say where."""
+    from mllm.data.formats.record import named, split_at_media
 
-    content = split_at_images(words)
-    if Mark.IMAGE not in content:
+    played = [image.source for image in images if isinstance(image, Video)]
+    content, places = split_at_media(words, bool(played))
+    shown: Sequence[ImageSource] = images
+    if places:
+        shown = named(places, [image for image in images if isinstance(image, str)], played)
+    else:
         content = [*[Mark.IMAGE] * len(images), *(["\n"] if images else []), *content]
-    return Sample("chat", [*before, Message("user", content)], list(images), where="your question")
+    return Sample("chat", [*before, Message("user", content)], list(shown), where="your question")
 
 
 def say(pieces: Iterable[str]) -> str:
@@ -141,9 +152,14 @@ def as_parts(message: Message, images: Iterator[ImageSource]) -> dict[str, Any]:
     content: list[dict[str, Any]] = []
     for part in message.content:
         if part is Mark.IMAGE:
-            name = str(next(images))
+            image = next(images)
+            name = str(image)
             local = not name.startswith(("data:", "http://", "https://", "file://"))
-            content.append({"type": "image_url", "image_url": {"url": str(Path(name).absolute()) if local else name}})
+            name = str(Path(name).absolute()) if local else name
+            if isinstance(image, Video):
+                content.append({"type": "video", "video": name})
+            else:
+                content.append({"type": "image_url", "image_url": {"url": name}})
         else:
             content.append({"type": "text", "text": str(part)})
     return {"role": message.role, "content": content}

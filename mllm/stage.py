@@ -120,6 +120,7 @@ def build_processor(config: RunConfig) -> Processor:
             data.tiles,
             data.max_tiles,
             vision_grids(parts)[0].patch,
+            data.video_frames,
         )
 
 

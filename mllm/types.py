@@ -20,9 +20,35 @@ if TYPE_CHECKING:
     import PIL.Image
     from torch import Tensor
 
-ImageSource: TypeAlias = "str | Path | bytes | PIL.Image.Image | Mapping[str, Any]"
+ImageSource: TypeAlias = "str | Path | bytes | PIL.Image.Image | Mapping[str, Any] | Video | Frame"
 """What an image may be named by: a path, a URL or data URI, `ARCHIVE.zip::MEMBER`, the file's bytes, the picture
-itself, a mapping of `bytes` and `path`."""
+itself, a mapping of `bytes` and `path`; and the place of a video, or a frame of one."""
+
+
+@dataclass(frozen=True)
+class Video:
+    """One video among the images of a `Sample`; the processor puts frames in its place."""
+
+    source: ImageSource | tuple[ImageSource, ...]
+    """A file, a folder of images, or the images of its frames in order."""
+
+    def __str__(self) -> str:
+        if isinstance(self.source, bytes | tuple):
+            return f"({len(self.source)} {'bytes' if isinstance(self.source, bytes) else 'frames'})"
+        return str(self.source)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One of the frames of a video that are looked at: the `number`-th, from 0, of so many."""
+
+    video: Video
+    number: int
+    of: int
+
+    def __str__(self) -> str:
+        return f"{self.video} (frame {self.number + 1} of {self.of})"
+
 
 IGNORE_INDEX = -100
 """A label that carries no loss. Labels are never shifted in data: the loss shifts."""

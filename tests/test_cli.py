@@ -17,12 +17,14 @@ from conftest import make_processor, picture, write_llava
 from mllm import cli
 from mllm.config import RunConfig, dump_config
 from mllm.data.formats.messages import MessagesSource
+from mllm.data.images import open_image
 from mllm.generate import Assistant
 from mllm.models.build import ModelConfig, build_model
 from mllm.models.vision_encoder import VisionEncoder
 from mllm.train.settings import TrainConfig
 from mllm.train.stage_folder import save_stage
-from mllm.types import Mark, Message, Sample
+from mllm.types import Frame, Mark, Message, Sample, Video
+from videos import draw_gif, draw_video
 
 HEAVY = ("torch", "transformers", "peft", "accelerate", "numpy", "PIL", "matplotlib")
 SECONDS = 1.0
@@ -168,6 +170,28 @@ def test_image_may_be_given_more_than_once(mllm, stage: Path, tmp_path: Path, ti
     assert len(json.loads(text)["image"]) == times
 
 
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.gif"])
+def test_video_is_asked_about_as_its_frames(mllm, stage: Path, tmp_path: Path, name: str) -> None:
+    clip = (draw_video if name.endswith("mp4") else draw_gif)(tmp_path / name, 12)
+    flags = ["--model", stage, "--video", clip, "--prompt", "what?", "--max-new-tokens", "6", "--json"]
+    code, text = mllm("chat", *flags)
+    told, assistant = json.loads(text), Assistant.load(stage)
+    assert (code, told["video"], told["image"]) == (0, [str(clip)], [])
+    frames = [open_image(Frame(Video(clip), number, 8)) for number in range(8)]
+    asked = Sample("q", [Message("user", [*[Mark.IMAGE] * 8, "\n", "what?"])], list(frames))
+    assert told["answer"] == "".join(assistant.stream(asked, 6)).strip()
+    assert told["answer"] == assistant.answer([cli.question([], "what?", [Video(str(clip))])], 6)[0]
+
+
+def test_video_that_cannot_be_read_is_one_line_that_names_it(mllm, stage: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    for name in ("broken.mp4", "missing.mp4"):
+        code, _ = mllm("chat", "--model", stage, "--video", tmp_path / name, "--prompt", "hi")
+        assert code.startswith("error: cannot read video")
+        assert name in code
+        assert len(code.splitlines()) == 1
+
+
 @pytest.mark.parametrize("broken", ["missing.png", "broken.png", "empty.png"])
 def test_image_that_cannot_be_read_is_one_line_that_names_it(mllm, stage: Path, tmp_path: Path, broken: str) -> None:
     (tmp_path / "broken.png").write_bytes(show(tmp_path).read_bytes()[:60])
@@ -292,6 +316,20 @@ def test_saved_conversation_is_one_that_training_reads(tmp_path: Path, monkeypat
     assert read.images == [image]
     assert read.messages[:4] == echo.heard[1].messages
     assert read.messages[4] == Message("assistant", ["heard 4"])
+
+
+def test_saved_conversation_keeps_its_videos(tmp_path: Path, monkeypatch: Any) -> None:
+    file, clip, image = tmp_path / "out.json", tmp_path / "a.mp4", tmp_path / "b.png"
+    echo = talk(monkeypatch, f"/video {clip}", f"/image {image}", "what?", "/video", f"/save {file}")
+    assert echo.heard[0].images == [Video(str(clip)), str(image)]
+    (read,) = MessagesSource(path=file).read()
+    assert read.images == [Video(clip), image]
+
+
+def test_words_say_where_videos_and_images_stand() -> None:
+    asked = cli.question([], "<image> or <video>?", ["a.png", Video("b.mp4")])
+    assert asked.messages[0].content == [Mark.IMAGE, " or ", Mark.IMAGE, "?"]
+    assert cli.question([], "<video> or <image>?", ["a.png", Video("b.mp4")]).images == [Video("b.mp4"), "a.png"]
 
 
 def test_save_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:

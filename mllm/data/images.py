@@ -15,7 +15,8 @@ import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from mllm.data.imaging.files import describe, stream
-from mllm.types import ImageSource
+from mllm.data.imaging.videos import frame, frame_size
+from mllm.types import Frame, ImageSource, Video
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000")
 """What training sets hold. Pillow reads thirty more, some by starting another program, few of them ever attacked."""
@@ -66,6 +67,8 @@ def open_image(source: ImageSource, draft: int | None = None) -> Image.Image:
 
 def image_size(source: ImageSource) -> tuple[int, int]:
     """Width and height of the upright image, from the header alone."""
+    if isinstance(source, Frame):
+        return frame_size(source)
     try:
         with opened(source) as image:
             return image.size[::-1] if orientation(image) >= 5 else image.size
@@ -77,6 +80,8 @@ def opened(source: ImageSource) -> AbstractContextManager[Image.Image]:
     """The image as far as its header, which promises a size that we are willing to decode."""
     if isinstance(source, Image.Image):
         return nullcontext(sound(source))
+    if isinstance(source, Video | Frame):  # of a whole video what stands in its middle
+        return nullcontext(sound(frame(source if isinstance(source, Frame) else Frame(source, 0, 1))))
     image = Image.open(stream(source), formats=known_formats())
     try:
         sound(image)

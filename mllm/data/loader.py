@@ -70,6 +70,8 @@ class DataConfig(Schema):
     where nothing is set."""
     image_markers: ImageMarkers = "none"
     """`numbered`: "(image 1: <Image>", the image, "</Image>)", counted over the conversation, as Mantis has it."""
+    video_frames: Positive = 8
+    """Images that a video becomes: the middles of so many equal segments of it, or each frame of a shorter one."""
     jpeg_draft: bool = False
     """Decode a JPEG of twice the needed size or more at a fraction of it: much faster, slightly other pixels."""
     num_workers: NotNegativeInt = 2
@@ -140,7 +142,7 @@ class Examples:
         """Read from its place, or kept from the last time."""
         if number in self.kept:
             return self.kept[number]
-        sample = self.index.sample(number)
+        sample = self.processor.framed(self.index.sample(number))
         if self.processor.keep:
             self.kept[number] = sample
         return sample

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mllm.types import Frame, Video
+
 if TYPE_CHECKING:
     from mllm.types import ImageSource
 
@@ -29,6 +31,10 @@ def image_name(image: ImageSource) -> str:
         return str(Path(image))
     if isinstance(image, Mapping):  # datasets' Image feature
         image = image.get("bytes") or str(image.get("path")).encode()
+    if isinstance(image, Frame):
+        return f"{image_name(image.video)} (frame {image.number + 1} of {image.of})"
+    if isinstance(image, Video):
+        return " ".join(picture(image.source if isinstance(image.source, tuple) else (image.source,)))
     pixels = image if isinstance(image, bytes) else image.tobytes()
     return f"an image in memory ({hashlib.sha256(pixels).hexdigest()[:16]})"
 

@@ -21,6 +21,7 @@ from PIL import Image, ImageOps
 from mllm.any_resolution import AnyResolution
 from mllm.data import chat
 from mllm.data.images import image_size, open_image
+from mllm.data.imaging.frames import with_frames
 from mllm.data.imaging.pixels import as_bytes, cheapest_way, in_patches, least_side, squared
 from mllm.data.imaging.tiling import Tiles, Tiling
 from mllm.data.talk.markers import NUMBERED, ImageMarkers, marked
@@ -33,7 +34,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ImageFit = Literal["native", "pad", "crop", "resize", "aspect"]
-FACTS = ("num_visual_tokens", "image_fit", "jpeg_draft", "instruct", "image_markers", "tiles", "max_tiles", "patch")
+FACTS = (
+    *("num_visual_tokens", "image_fit", "jpeg_draft", "instruct", "image_markers", "tiles", "max_tiles", "patch"),
+    "video_frames",
+)
 """What a saved processor holds beside its tokenizer and image processor."""
 LONGEST_INSTRUCTION = 128
 """Tokens of an instruction that a connector reads, the last ones: as many as InstructBLIP's released code."""
@@ -102,6 +106,8 @@ class Processor:
     """Of one image, without the whole picture beside them."""
     patch: int | None = None
     """Pixels along a side of the encoder's patches, which `aspect` must know."""
+    video_frames: int = 8
+    """Images that a video becomes, at most, see `imaging/frames.py`."""
 
     def __post_init__(self) -> None:
         chat.ensure_template(self.tokenizer)
@@ -200,6 +206,10 @@ class Processor:
             return self.native_aspect.patches(width, height)
         return (self.tiling.number(width, height) if self.tiling else 1,)
 
+    def framed(self, sample: Sample) -> Sample:
+        """The sample with the chosen frames in the place of each video; what has none stays the same object."""
+        return with_frames(sample, self.video_frames)
+
     def __call__(self, sample: Sample, max_length: int | None = None) -> Example:
         """The sample with its labels, cut to `max_length` tokens (never through an image).
 
@@ -210,6 +220,7 @@ class Processor:
 
     def example(self, sample: Sample, input_ids: list[int], labels: list[int], source: int = 0) -> Example:
         """The sample's tokens with the pixels of those images that stand in them."""
+        sample = self.framed(sample)
         missing = input_ids.count(self.image_token_id)
         shown: list[Tensor] = []
         sizes: list[tuple[int, int]] = []
@@ -247,6 +258,7 @@ class Processor:
         Raises:
             ValueError: placeholders and images differ; `TooLong`: nothing is left to learn.
         """
+        sample = self.framed(sample)
         unsaid = None if self.image_markers == "none" else NUMBERED
         input_ids, labels = chat.encode(self.tokenizer, self.marked(sample), unsaid)
         places = self.check_placeholders(sample, input_ids)
@@ -266,6 +278,7 @@ class Processor:
 
     def prompt(self, sample: Sample) -> Example:
         """The sample as a question: tokens up to where the assistant's next words begin, no labels."""
+        sample = self.framed(sample)
         input_ids, places = self.asked(sample)
         taken, _ = self.fitting(sample.images, places, None)
         input_ids = self.expand(input_ids, places, [of.tokens for of in taken])
@@ -415,6 +428,7 @@ class Processor:
         tiles: Tiles = "none",
         max_tiles: int | None = None,
         patch: int | None = None,
+        video_frames: int = 8,
     ) -> Processor:
         """The LLM's tokenizer and the encoder's image processor, each by Hub id or folder."""
         from transformers import AutoTokenizer
@@ -431,4 +445,5 @@ class Processor:
             tiles,
             max_tiles,
             patch if image_fit == "aspect" else None,
+            video_frames,
         )

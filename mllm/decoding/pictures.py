@@ -21,7 +21,7 @@ from mllm.data.images import open_image
 from mllm.data.processor import Processor
 from mllm.models.multimodal import MultimodalLM
 from mllm.models.splice import one_sequence
-from mllm.types import ImageSource, Sample
+from mllm.types import Frame, ImageSource, Sample
 
 OTHERS = 16
 """Images of earlier conversations that stay in memory, the last ones: of a few megabytes each."""
@@ -83,6 +83,8 @@ def name(image: ImageSource) -> Hashable:
         return digest(image)
     if isinstance(image, Mapping):
         return name(image.get("bytes") or image.get("path") or "")
+    if isinstance(image, Frame) and not isinstance(image.video.source, tuple):
+        return name(image.video.source), image.number, image.of
     picture: Any = open_image(image)
     return (picture.size, digest(picture.tobytes()))
 

@@ -49,6 +49,7 @@ def read(sample: Sample, pictures: Pictures, device: torch.device) -> Prompt:
         ValueError: placeholders and images differ, an image cannot be read.
     """
     processor = pictures.processor
+    sample = processor.framed(sample)
     unexpanded, places = processor.asked(sample)
     shown = pictures(sample, device)
     input_ids = processor.expand(unexpanded, places, [len(picture.tokens) for picture in shown])

@@ -10,11 +10,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mllm.data.other_pictures import lenders, picture
-from mllm.types import Sample
+from mllm.types import Sample, Video
 
 if TYPE_CHECKING:
-    import PIL.Image
-
     from mllm.types import ImageSource
 
 MID_GREY = (128, 128, 128)
@@ -43,9 +41,11 @@ def blank_images(samples: list[Sample]) -> list[Sample]:
     return [replace(sample, images=[_grey(image) for image in sample.images]) for sample in samples]
 
 
-def _grey(image: ImageSource) -> PIL.Image.Image:
+def _grey(image: ImageSource) -> ImageSource:
     import PIL.Image
 
     from mllm.data.images import image_size
+    from mllm.data.imaging.videos import num_frames
 
-    return PIL.Image.new("RGB", image_size(image), MID_GREY)
+    grey = PIL.Image.new("RGB", image_size(image), MID_GREY)
+    return Video((grey,) * num_frames(image)[0]) if isinstance(image, Video) else grey

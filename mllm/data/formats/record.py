@@ -6,10 +6,17 @@ stands there instead.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
+from itertools import islice
 from typing import Any
 
-from mllm.types import IMAGE_TOKEN, Mark, Sample
+from mllm.types import IMAGE_TOKEN, Mark, Sample, Video
+
+VIDEO_TOKEN = "<video>"
+"""The place of a video in the text of a record that has one; elsewhere these are plain characters."""
+NAMELESS = Video("")
+"""The place of a video whose name stands elsewhere in the record."""
 
 
 class Filtered(ValueError):
@@ -84,6 +91,50 @@ def split_at_images(text: str) -> list[str | Mark]:
         if words:
             parts.append(words)
     return parts
+
+
+def split_at_media(text: str, videos: bool) -> tuple[list[str | Mark], list[Video | None]]:
+    """The same, `<video>` being a place too where the record has videos; and of each place what stands there: a video
+    that bears no name yet, or None for an image."""
+    if not videos:
+        content = split_at_images(text)
+        return content, [None] * content.count(Mark.IMAGE)
+    parts = re.split(f"({IMAGE_TOKEN}|{VIDEO_TOKEN})", text)
+    places = [NAMELESS if part == VIDEO_TOKEN else None for part in parts[1::2]]
+    return [Mark.IMAGE if at % 2 else part for at, part in enumerate(parts) if part], places
+
+
+def videos_of(record: dict[str, Any]) -> list[Any]:
+    """The videos of a record, each a name or a list of the names of its frames: those of a list `videos`, or one
+    `video`; a list under `video` is that of its frames."""
+    if record.get("videos"):
+        return names_of(record["videos"])
+    return [record["video"]] if record.get("video") else []
+
+
+def named(places: list[Any], images: list[Any], videos: list[Any]) -> list[Any]:
+    """What stands in each place, by name: its own, or the next of the record's lists; what is left over comes last, to
+    be told of by `check`.
+
+    LLaVA-Video writes `<image>` where its video stands: in a record of videos alone that is no other's place.
+    """
+    if videos and not images and not any(isinstance(place, Video) for place in places):
+        places = [place or NAMELESS for place in places]
+    shown, played = iter(images), map(as_video, videos)
+    found: list[Any] = []
+    for place in places:
+        if place is None or place is NAMELESS:
+            found += islice(shown if place is None else played, 1)
+        else:
+            found.append(place)
+    return [*found, *shown, *played]
+
+
+def as_video(name: Any) -> Video:
+    """A video by its name, or by those of its frames; a list of one is that one."""
+    if isinstance(name, list):
+        return Video(name[0] if len(name) == 1 else tuple(name))
+    return Video(name)
 
 
 def check(sample: Sample) -> Sample:

@@ -20,7 +20,7 @@ from mllm.data.formats.record import Filtered as Filtered
 from mllm.data.formats.record import fault
 from mllm.data.formats.record import split_at_images as split_at_images
 from mllm.schema import Schema
-from mllm.types import ImageSource, Sample
+from mllm.types import ImageSource, Sample, Video
 
 OPEN_FILES = 64
 """Shards that a process keeps open; systems allow about a thousand files."""
@@ -142,7 +142,15 @@ class Source(Schema):
         return open_container(file.path)
 
     def locate(self, named: Any, origin: Origin) -> ImageSource:
-        """Where an image lies, or its bytes; URLs and data URIs stay as they are."""
+        """Where an image lies, or its bytes; URLs and data URIs stay as they are. Of a video, or each of its frames,
+        the same."""
+        if isinstance(named, Video):
+            frames = named.source
+            return Video(
+                tuple(self.locate(one, origin) for one in frames)
+                if isinstance(frames, tuple)
+                else self.locate(frames, origin)
+            )
         if isinstance(named, dict):  # how `datasets` keeps an image
             named = named.get("bytes") or named.get("path") or named.get("url")
         if isinstance(named, bytes) and named:

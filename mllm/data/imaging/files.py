@@ -41,6 +41,11 @@ def stream(source: str | Path | bytes | Mapping[str, Any]) -> io.BytesIO | Path:
     return checked(Path(urllib.parse.unquote(text[7:])) if text.startswith("file://") else Path(text))
 
 
+def is_local(source: str | Path) -> bool:
+    """Whether it names a file that lies as it is on this machine."""
+    return not str(source).startswith(("data:", "http://", "https://", "file://")) and not is_zipped(str(source))
+
+
 def one_of(image: Mapping[str, Any]) -> bytes | str:
     """The bytes of a `datasets` image, or else its path."""
     found = image.get("bytes") or image.get("path")

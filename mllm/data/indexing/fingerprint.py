@@ -28,7 +28,7 @@ def of_text(text: str) -> str:
 def of_processor(processor: Processor) -> dict[str, Any]:
     """Tokenizer, template, special tokens, image processor, visual tokens: a short value each."""
     tokenizer = processor.tokenizer
-    chosen = {name: getattr(processor, name) for name in ("image_markers", "tiles", "max_tiles")}
+    chosen = {name: getattr(processor, name) for name in ("image_markers", "tiles", "max_tiles", "video_frames")}
     return {
         **{name: value for name, value in chosen.items() if value not in (None, "none")},
         "tokenizer": of_text(tokenizer.backend_tokenizer.to_str()),

@@ -14,8 +14,9 @@ import pyarrow as pa
 
 from mllm.data.formats.source import Filtered, Place, Source
 from mllm.data.images import image_size
+from mllm.data.imaging.videos import num_frames
 from mllm.data.processor import Processor
-from mllm.types import IGNORE_INDEX, Sample
+from mllm.types import IGNORE_INDEX, Sample, Video
 
 if TYPE_CHECKING:
     from mllm.types import ImageSource
@@ -100,6 +101,7 @@ def measure(sample: Sample, processor: Processor, max_length: int, sizes: Sizes)
     line: Line = {"id": sample.id, "variant": sample.variant}
     kind = "text"
     try:
+        sample = processor.framed(sample)
         kept = processor.encoded(sample, max_length)
         kind = "image"
         line["sizes"] = [side for image in sample.images[: kept.images] for side in sizes(image)]
@@ -135,7 +137,7 @@ def mended(source: Source, lines: pa.Table, shard: int) -> bool:
             if any(str(image).startswith(("http://", "https://")) for image in sample.images):
                 continue  # asking the network again at every start costs more than it gives
             for image in sample.images:
-                image_size(image)
+                num_frames(image) if isinstance(image, Video) else image_size(image)
         except ValueError:
             continue
         return True

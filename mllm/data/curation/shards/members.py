@@ -21,7 +21,7 @@ from mllm.data.formats.coco import CocoSource
 from mllm.data.formats.source import Source
 from mllm.data.images import open_image, opened, reason
 from mllm.data.imaging.files import describe, stream
-from mllm.types import IMAGE_TOKEN, ImageSource, Mark, Message, Sample
+from mllm.types import IMAGE_TOKEN, Frame, ImageSource, Mark, Message, Sample, Video
 
 Layout = Literal["captions", "messages"]
 Member = tuple[str, bytes]
@@ -54,6 +54,8 @@ class Pictures:
             ValueError: it cannot be read; names the image.
         """
         assert not isinstance(image, Image.Image), "sources name images"
+        if isinstance(image, Video | Frame):
+            raise ValueError(f"{describe(image)} is a video, which is not written to shards: train on it where it lies")
         try:
             found = stream(image)
             data = found.getvalue() if isinstance(found, io.BytesIO) else found.read_bytes()
