@@ -90,16 +90,16 @@ def in_folder(
     pixels = torch.uint8 if encoder.normalisation else torch.float32
     blanks = torch.zeros(GROUP, 3, encoder.grid.side, encoder.grid.side, dtype=pixels, device=accelerator.device)
 
-    def encode() -> Tensor:
+    def encode(pixels: Tensor) -> Tensor:
         with torch.no_grad(), accelerator.autocast():
-            return encoder(blanks)  # type: ignore[no-any-return]
+            return encoder(pixels)  # type: ignore[no-any-return]
 
-    made = encode()  # its shape and dtype are those of all
+    made = encode(blanks)  # its shape and dtype are those of all
     wanted = description(encoder, processor, accelerator.device, train.mixed_precision)
     shape, limit = tuple(made.shape[1:]), train.feature_cache_dir_gigabytes
     folder = FeatureFolder(train.feature_cache_dir, wanted, shape, made.dtype, limit, accelerator.print)
     if accelerator.is_main_process:
-        measured = measure(train.feature_cache_dir, encode, accelerator.device)
+        measured = measure(train.feature_cache_dir, encode, blanks)
         images = int(index.tiles.sum()) if isinstance(index, Index) else 0
         told = verdict(measured, uses(plan, train), len(folder.places), images)
         print(f"feature cache: {train.feature_cache_dir}: {told}", flush=True)

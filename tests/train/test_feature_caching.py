@@ -132,7 +132,7 @@ def clock_of(*times: float) -> Callable[[], float]:
 def test_probe_says_whether_it_pays(
     tmp_path: Path, times: tuple[float, ...], uses: float | None, kept: int, said: str
 ) -> None:
-    measured = measure(tmp_path, lambda: torch.ones(8, 4, 5), torch.device("cpu"), clock_of(*times))
+    measured = measure(tmp_path, lambda _: torch.ones(8, 4, 5), torch.zeros(8, 3, 2, 2), clock_of(*times))
     assert measured.size == 4 * 5 * 4
     assert said in verdict(measured, uses, kept, 100)
     assert not list(tmp_path.iterdir())

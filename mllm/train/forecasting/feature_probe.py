@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mllm.models.feature_cache import digest
 from mllm.models.feature_folder import FeatureFolder
 
 
@@ -32,20 +33,22 @@ class Measured:
 
 
 def measure(
-    folder: Path, encode: Callable[[], Tensor], device: torch.device, clock: Callable[[], float] = time.perf_counter
+    folder: Path, encode: Callable[[Tensor], Tensor], pixels: Tensor, clock: Callable[[], float] = time.perf_counter
 ) -> Measured:
-    """`encode` gives features [n, P, Dv], and has run before, so that nothing is set up in it any more."""
+    """`encode` gives features [n, P, Dv] of `pixels` [n, 3, H, W] on the device, and has run before, so that nothing is
+    set up in it any more. To read is to digest the pixels as well."""
+    device = pixels.device
     start = now(clock, device)
-    features = encode()
+    features = encode(pixels)
     encoded = now(clock, device)
-    on_host, keys = features.cpu(), [number.to_bytes(16, "big") for number in range(len(features))]
+    shown, on_host, keys = pixels.cpu(), features.cpu(), [number.to_bytes(16, "big") for number in range(len(features))]
     with tempfile.TemporaryDirectory(dir=folder, prefix="manifest.json.probe-") as beside:
         own = FeatureFolder(Path(beside), {}, tuple(features.shape[1:]), features.dtype, gigabytes=2**20)
         before = clock()
         own.keep(keys, on_host)
         own.flush()
         written = clock()
-        found = [own.load(key, on_host[number]) for number, key in enumerate(keys)]
+        found = [bool(digest(shown[at])) and own.load(key, on_host[at]) for at, key in enumerate(keys)]
         read = now(clock, device)
         own.close()
     if not all(found):
