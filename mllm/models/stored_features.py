@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -41,7 +42,9 @@ class StoredFeatures:
 
     def __init__(self, folder: FeatureFolder, pin: bool) -> None:
         self.folder, self.pin = folder, pin
-        self.thread = ThreadPoolExecutor(1, "features")
+        # a new thread would stand on the first GPU, whichever is this rank's
+        begin = partial(torch.cuda.set_device, torch.cuda.current_device()) if pin else None
+        self.thread = ThreadPoolExecutor(1, "features", initializer=begin)
         self.begun: deque[tuple[Tensor, Future[Found]]] = deque(maxlen=2)
         self.writing: deque[Future[None]] = deque()
 
