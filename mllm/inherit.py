@@ -14,6 +14,7 @@ from typing import Any
 from mllm.config import RunConfig, load_config, stage_config
 from mllm.models.build import ModelConfig
 from mllm.models.multimodal import MultimodalLM
+from mllm.train.blip2.text_side import FILE as TEXT_SIDE
 from mllm.train.stage_folder import TAKEN, holds, load_stage
 
 NEWLINE = "image_newline"
@@ -42,6 +43,8 @@ def take_over(config: RunConfig, model: MultimodalLM) -> str:
     if model.image_newline is None and NEWLINE in parts:
         parts.remove(NEWLINE)
         told.append(f"{NEWLINE}: left behind, without data.tiles anyres nobody reads it")
+    if (config.init_from / TEXT_SIDE).is_file():
+        told.append(f"{TEXT_SIDE}: left behind, the text side and the heads of the Q-Former's own stage")
     return "\n  ".join(
         [
             f"starting from {config.init_from} with its {', '.join(parts)}",

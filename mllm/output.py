@@ -13,6 +13,7 @@ from pathlib import Path
 
 from mllm.config import RunConfig, load_config
 from mllm.train.audit import FILE as AUDIT_FILE
+from mllm.train.blip2.text_side import FILE as TEXT_SIDE
 from mllm.train.checkpoint import checkpoints
 from mllm.train.saving import durable
 from mllm.train.stage_folder import FINISHED
@@ -23,6 +24,7 @@ WRITTEN = (
     "config.yaml",
     "image_newline.safetensors",
     "llm.safetensors",
+    TEXT_SIDE,
     "vision_encoder.safetensors",
     "adapter",
     "vision_adapter",

@@ -26,6 +26,7 @@ from mllm.data.streams.reader import Stream
 from mllm.models.multimodal import MultimodalLM
 from mllm.train import engine, feature_caching
 from mllm.train.audit import Audit
+from mllm.train.blip2 import objective as blip2
 from mllm.train.checkpoint import load_optimizer, load_weights, newest_state, save_checkpoint
 from mllm.train.engines import zero
 from mllm.train.guard import Guard
@@ -60,8 +61,9 @@ def fit(
     data: DataConfig,
     train: TrainConfig,
     resume: bool = False,
+    learns: type[NextToken] = NextToken,
 ) -> None:
-    """Train in place.
+    """Train in place. What is learned is the next token, or what another objective says.
 
     Raises:
         ValueError: the rows of a step cannot be dealt to the ranks; too many samples turn out unreadable.
@@ -80,7 +82,7 @@ def fit(
     first_step = load_weights(train.output_dir, model, name) if resume else 0
     zero.settle(accelerator, train, dataset.accumulation)
     make = partial(make_optimizer, name=train.optimizer)
-    objective, optimizer, trained = engine.prepare(accelerator, NextToken(model), groups, make)
+    objective, optimizer, trained = engine.prepare(accelerator, learns(model), groups, make)
     if first_step:
         load_optimizer(train.output_dir, model, optimizer, trained)
     ledger, guard = Ledger(train.output_dir, index.tally, data.max_bad_share), Guard(train.guard, train.output_dir)
@@ -130,6 +132,7 @@ def fit(
             watchdog.beat("after the step", slow=True)
             numbers = guard.note(accelerator, step + 1, numbers)
             numbers |= {**plan.counts(step), **rates(optimizer), **clock.lap(plan.counts(step)["tokens"])}
+            numbers = blip2.told(accelerator, objective, numbers)
             numbers |= held_out.at(step + 1, objective, model)
             ledger.note(accelerator, block, plan, step)
             metrics.step(step + 1, {**numbers, "skipped": ledger.tally.holes.total()})

@@ -29,6 +29,9 @@ POWER: dict[Reduction, float] = {"token": 0.0, "sample": -1.0, "sqrt": -0.5}
 class NextToken(nn.Module):
     """Model and loss as one module, so that what wraps it (DDP, ZeRO) sees every use of a weight."""
 
+    joint = False
+    """Is the loss of a row a matter of the other rows, so that halves of a micro-batch would have another one?"""
+
     def __init__(self, model: MultimodalLM) -> None:
         super().__init__()
         self.model = model

@@ -100,7 +100,8 @@ class Attempt:
         beat: Beat,
     ) -> None:
         self.accelerator, self.objective, self.reduction = accelerator, objective, reduction
-        self.model = next(module.model for module in objective.modules() if isinstance(module, NextToken))
+        losses = next(module for module in objective.modules() if isinstance(module, NextToken))
+        self.model, self.joint = losses.model, losses.joint
         self.total, self.sources, self.guard, self.beat = total, sources, guard, beat
         # DDP and ZeRO average gradients over ranks: the world size makes a sum of it
         self.scale = accelerator.num_processes / total
@@ -181,6 +182,11 @@ class Attempt:
     def ran_out(self, batch: Batch, error: torch.OutOfMemoryError) -> None:
         """Remember it; stop at once where the other ranks are in the middle of an exchange with this one."""
         self.rows_too_many, self.too_large = len(batch["input_ids"]), batch["where"]
+        if self.joint:  # halves would have other negatives, and other ranks wait for these rows
+            raise ValueError(
+                f"out of memory with {self.rows_too_many} rows that are compared with each other, in the micro-batch "
+                f"of {', '.join(batch['where'])}: lower train.rows_per_micro_batch"
+            ) from error
         if not self.is_alone and not self.is_ddp:
             stop_out_of_memory(self.rows_too_many, batch["where"], error)
 
