@@ -61,7 +61,7 @@ def fit(
     data: DataConfig,
     train: TrainConfig,
     resume: bool = False,
-    learns: type[NextToken] = NextToken,
+    learns: type[NextToken] | None = None,
 ) -> None:
     """Train in place. What is learned is the next token, or what another objective says.
 
@@ -82,7 +82,7 @@ def fit(
     first_step = load_weights(train.output_dir, model, name) if resume else 0
     zero.settle(accelerator, train, dataset.accumulation)
     make = partial(make_optimizer, name=train.optimizer)
-    objective, optimizer, trained = engine.prepare(accelerator, learns(model), groups, make)
+    objective, optimizer, trained = engine.prepare(accelerator, (learns or NextToken)(model), groups, make)
     if first_step:
         load_optimizer(train.output_dir, model, optimizer, trained)
     ledger, guard = Ledger(train.output_dir, index.tally, data.max_bad_share), Guard(train.guard, train.output_dir)
