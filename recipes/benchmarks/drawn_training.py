@@ -62,6 +62,10 @@ class DrawnProcessor:
         self.text = np.maximum(SHORTEST, text // drawing.shrink)
         self.supervised = SUPERVISED[drawing.kind](self.text)
 
+    def framed(self, sample: Sample) -> Sample:
+        """There are no videos among the drawn samples."""
+        return sample
+
     def tokens(self, sample: Sample, max_length: int | None = None) -> tuple[list[int], list[int]]:
         """[T] twice: the image in front, the answer at the end."""
         number = int(sample.id)
