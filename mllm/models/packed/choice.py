@@ -65,17 +65,7 @@ def llm_class(config: Any) -> Any:
 
 def obstacles(kernel: Attention, config: Any) -> list[str]:
     """What stands in the way of a kernel for many lengths, on this machine and for this LLM."""
-    found = []
-    if kernel == "varlen" and not VARLEN:
-        found.append(f"torch {torch.__version__} has no torch.nn.attention.varlen")
-    if kernel == "flash" and not has_flash():
-        found.append("flash-attn is not installed: pip install 'mllm[flash]'")
-    if kernel == "by_sample":
-        pass
-    elif not torch.cuda.is_available():
-        found.append("there is no CUDA device")
-    elif torch.cuda.get_device_capability() < (8, 0):
-        found.append("the CUDA device is older than Ampere")
+    found = [] if kernel == "by_sample" else obstacles_here(kernel)
     text, kind = config.get_text_config(), llm_class(config)
     if not getattr(kind, "_supports_attention_backend", False):
         found.append("this LLM has an attention of its own")
@@ -90,6 +80,20 @@ def obstacles(kernel: Attention, config: Any) -> list[str]:
         found.append("this LLM drops attention out (attention_dropout)")
     if kernel == "varlen" and "window_size" not in VARLEN and getattr(text, "sliding_window", None):
         found.append(f"the varlen of torch {torch.__version__} knows no sliding window")
+    return found
+
+
+def obstacles_here(kernel: Attention) -> list[str]:
+    """What this machine lacks for a kernel that runs on CUDA devices."""
+    found = []
+    if kernel == "varlen" and not VARLEN:
+        found.append(f"torch {torch.__version__} has no torch.nn.attention.varlen")
+    if kernel == "flash" and not has_flash():
+        found.append("flash-attn is not installed: pip install 'mllm[flash]'")
+    if not torch.cuda.is_available():
+        found.append("there is no CUDA device")
+    elif torch.cuda.get_device_capability() < (8, 0):
+        found.append("the CUDA device is older than Ampere")
     return found
 
 
