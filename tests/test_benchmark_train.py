@@ -8,9 +8,11 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -18,13 +20,13 @@ from torch import nn
 RECIPES = Path(__file__).parents[1] / "recipes"
 sys.path.append(str(RECIPES))
 
-from benchmarks import counted, naive, product, ratios, training  # noqa: E402
+from benchmarks import carried, counted, naive, product, ratios, training  # noqa: E402
 from benchmarks.configurations import configurations, default, stage_1, stage_2  # noqa: E402
 from benchmarks.drawn_training import Drawing, draw  # noqa: E402
 from benchmarks.page import PAGE, README, filled, markdown, put, quoted, read_results, tables  # noqa: E402
 from benchmarks.sizes import LLMS, draw_model  # noqa: E402
 from benchmarks.stopwatch import ROOMS, Budget, Enough, Stopwatch  # noqa: E402
-from benchmarks.training_report import HEADS, lines, rate_table, room_lines  # noqa: E402
+from benchmarks.training_report import HEADS, compared, lines, rate_table, room_lines  # noqa: E402
 from mllm.data.loader import PlannedBatches, Share, batches  # noqa: E402
 from mllm.data.plan import Plan  # noqa: E402
 from mllm.train.forecasting.flops import needed  # noqa: E402
@@ -79,6 +81,58 @@ def test_the_naive_loss_is_the_product_s_loss() -> None:
     torch.testing.assert_close(product.AllLogits(own)(**inputs) / supervised, mean, rtol=1e-5, atol=1e-6)
 
 
+def test_padded_batches_come_spread_so_that_a_dozen_stands_for_all() -> None:
+    lengths = draw(replace(DRAWING, samples=1024))[0].length
+    number, batch = len(lengths) // naive.BATCH, naive.BATCH
+    spread = list(islice(naive.spread(lengths.tolist(), batch), number))
+    shuffled = list(islice(naive.order(len(lengths), batch), number))
+    assert sorted(map(tuple, spread)) == sorted(map(tuple, shuffled))
+
+    def off(batches: list[list[int]]) -> float:
+        """How far a dozen in a row may be from all, in positions of a batch."""
+        positions = np.array([lengths[numbers].max() for numbers in batches])
+        dozens = np.lib.stride_tricks.sliding_window_view(positions, 12).mean(-1)
+        return float(abs(dozens / positions.mean() - 1).max())
+
+    assert max(lengths[spread[0]]) == lengths.max()
+    assert off(spread) < 0.5 * off(shuffled)
+
+
+def test_the_rate_on_the_mix_is_that_of_all_batches_where_a_position_costs_the_same() -> None:
+    index, _ = draw(DRAWING)
+    lengths = index.length
+    every = list(islice(naive.order(len(lengths), 8), len(lengths) // 8))
+    seconds = [0.001 * carried.padded_positions(index, [numbers]) for numbers in every]
+    whole = lengths.sum() / sum(seconds)
+    for timed in (slice(0, 3), slice(4, 6)):
+        positions = carried.padded_positions(index, every[timed])
+        found = carried.tokens_per_second(carried.padded_fill(index, 8), positions, sum(seconds[timed]))
+        assert found == pytest.approx(whole)
+        assert lengths[np.concatenate(every[timed])].sum() / sum(seconds[timed]) != pytest.approx(whole, rel=0.01)
+
+
+def test_kept_rows_are_carried_to_the_mix_by_the_batches_that_were_timed() -> None:
+    kept = read_results()["train-h200"]["rows"]["S2 naive 7B"]
+    own = {name: value for name, value in kept.items() if name not in ("tokens_per_second_mix", "timed_fill")}
+    assert carried.add(own) == kept
+    assert carried.add(kept) is kept
+    assert carried.add({"error": "out of memory"}) == {"error": "out of memory"}
+    with pytest.raises(ValueError, match="S2 naive 7B: 74613 tokens in the timed batches"):
+        carried.add({**own, "tokens_per_step": 1.0})
+
+
+def test_the_words_of_the_page_have_the_ratios_of_its_file() -> None:
+    found = read_results()["train-h200"]
+    told = {name: compared(found["rows"][name], found) for name in ("S2 7B", "B4 1.5B")}
+    page, readme = (path.read_text().replace("\n", " ") for path in (PAGE, README))
+    assert "**{median:.2f}** by medians, **{mean:.2f}** by tokens over time".format(**told["S2 7B"]) in page
+    assert "**{mix:.2f}** carried to the mix".format(**told["S2 7B"]) in page
+    assert "{median:.2f} by medians and {mix:.2f} on the mix".format(**told["B4 1.5B"]) in page
+    assert "is {mix:.2f} times the naive padded step".format(**told["S2 7B"]) in readme
+    assert "({mean:.2f} by tokens over time".format(**told["S2 7B"]) in readme
+    assert "{median:.2f} by medians: these padded less".format(**told["S2 7B"]) in readme
+
+
 def test_every_configuration_has_a_name_of_its_own_and_one_beside_it() -> None:
     names = [row.name for row in configurations()]
     assert max(Counter(names).values()) == 1
@@ -103,7 +157,8 @@ def test_what_fails_says_so_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch
     assert found["rows"]["B4 1.5B"]["error"] == "out of memory"
     row = found["rows"]["U 1.5B"]
     assert row["steps"] == 2
-    assert row["tokens_per_second"] > 0
+    assert row["tokens_per_second_mix"] > 0
+    assert {name: len(each) for name, each in row["each"].items()} == {"seconds": 2, "tokens": 2, "positions": 2}
     assert row["recompiled"] == 0
     found["machine"] = {"gpu": "an H200"}
     assert [len(line) for line in lines(found)] == [len(HEADS)] * 2

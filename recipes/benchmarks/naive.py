@@ -81,6 +81,22 @@ def order(samples: int, batch: int) -> Iterator[list[int]]:
         epoch += 1
 
 
+GOLDEN = (5**0.5 - 1) / 2
+
+
+def spread(lengths: Sequence[int], batch: int) -> Iterator[list[int]]:
+    """The batches of `order`, each epoch rearranged, so that any few of them in a row stand for all: by the length to
+    which they are padded they come as the multiples of the golden ratio fall on a circle. The longest is the first, as
+    in loops that want to know early whether memory suffices."""
+    shuffled, number = order(len(lengths), batch), len(lengths) // batch
+    while True:
+        epoch = [next(shuffled) for _ in range(number)]
+        by_length = sorted(epoch, key=lambda numbers: max(lengths[sample] for sample in numbers))
+        places = [1 - step * GOLDEN % 1 for step in range(number)]  # in (0, 1], of the longest 1
+        ranks = {step: rank for rank, step in enumerate(sorted(range(number), key=places.__getitem__))}
+        yield from (by_length[ranks[step]] for step in range(number))
+
+
 def loop(
     llava: NaiveLlava, batches: Iterator[Batch], device: torch.device, rate: float, bf16: bool = True
 ) -> Iterator[None]:
@@ -99,11 +115,13 @@ def loop(
         yield
 
 
-def read(samples: Samples, batch: int = BATCH, workers: int = 4) -> Iterator[Batch]:
-    """Padded batches, shuffled, without end."""
+def read(
+    samples: Samples, batch: int = BATCH, workers: int = 4, numbers: Iterator[list[int]] | None = None
+) -> Iterator[Batch]:
+    """Padded batches, shuffled or of these numbers, without end."""
     loader: DataLoader[Any] = DataLoader(
         samples,
-        batch_sampler=order(len(samples), batch),  # type: ignore[arg-type]
+        batch_sampler=numbers or order(len(samples), batch),  # type: ignore[arg-type]
         collate_fn=padded,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),

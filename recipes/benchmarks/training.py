@@ -12,16 +12,16 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks import naive, product
+from benchmarks import carried, naive, product
 from benchmarks.configurations import Configuration, attention, configurations
-from benchmarks.drawn_training import Drawing, DrawnIndex, draw
-from benchmarks.sizes import ENCODERS, LLMS, draw_model
+from benchmarks.drawn_training import DrawnIndex, draw
+from benchmarks.sizes import draw_model
 from benchmarks.stopwatch import Budget, Stopwatch
 from benchmarks.training_report import NO_TIME
 from mllm.models.multimodal import MultimodalLM
@@ -143,17 +143,17 @@ def one(row: Configuration, budget: Budget, device: torch.device, say: Say, batc
     choose_trainable(model, row.rates, row.adapter)
     watch.rooms, cost = rooms(model), cost_of(model)
     watch.lap("choosing what trains")
-    side, vocabulary = ENCODERS[row.encoder][1]["image_size"], LLMS[row.llm]["vocab_size"]
-    drawing = Drawing(row.kind, model.vision_encoder.num_patches, side, vocabulary)
-    index, processor = draw(drawing)
+    index, processor = draw(carried.drawing_of(row.kind, row.encoder, row.llm))
     watch.lap("drawing the data")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     run = naive_run if row.way == "naive" else product_run
     shape, numbers = run(row, model, index, processor, watch, device, batch)
     watch.lap("ending")
-    works = [work_of(index, step) for step in numbers(watch.warmed_up, len(watch.step_seconds()))]
-    return {**shape, **told(watch, works, cost, peak_flops(device, torch.bfloat16)), "peak_memory": peak_memory(device)}
+    timed = numbers(watch.warmed_up, len(watch.step_seconds()))
+    works, positions = [work_of(index, step) for step in timed], [positions_of(shape, index, step) for step in timed]
+    rates = told(watch, works, cost, peak_flops(device, torch.bfloat16))
+    return {**shape, **rates, **on_the_mix(shape["fill"], rates["each"], positions), "peak_memory": peak_memory(device)}
 
 
 def naive_run(
@@ -174,15 +174,15 @@ def naive_run(
     assert normalisation is not None
     samples = naive.Samples(index, processor, normalisation)
     watch.look_at(llava)
-    batches = watch.loads(naive.read(samples, batch, workers(device)))
+    order = naive.spread(index.length.tolist(), batch)
+    batches = watch.loads(naive.read(samples, batch, workers(device), order))
     with watch.running():
         exhaust(naive.loop(llava, batches, device, 1e-3, bf16=device.type == "cuda"))
 
     def numbers(first: int, steps: int) -> list[Any]:
-        shuffled = naive.order(len(index), batch)
-        return [next(shuffled) for _ in range(first + steps)][first:]
+        return list(islice(naive.spread(index.length.tolist(), batch), first, first + steps))
 
-    return {"batch": batch, "fill": fill_of(index, numbers(0, 64))}, numbers
+    return {"batch": batch, "fill": carried.padded_fill(index, batch)}, numbers
 
 
 def product_run(
@@ -242,14 +242,24 @@ def work_of(index: DrawnIndex, samples: Any) -> Work:
     return Work(int(length.sum()), pairs, int(index.supervised[samples].sum()), int(index.images[samples].sum()))
 
 
-def fill_of(index: DrawnIndex, padded: Sequence[Any]) -> float:
-    """Share of real tokens in batches that are padded to their longest."""
-    lengths = [index.length[samples] for samples in padded]
-    return float(sum(each.sum() for each in lengths) / sum(each.max() * len(each) for each in lengths))
+def positions_of(shape: dict[str, Any], index: DrawnIndex, samples: Any) -> int:
+    """Of a step, padding among them."""
+    if "batch" in shape:
+        return carried.padded_positions(index, [samples])
+    return int(shape["rows"] * shape["accumulation"] * shape["seq_length"])
+
+
+def on_the_mix(fill: float, each: dict[str, list[float]], positions: list[int]) -> dict[str, Any]:
+    """The rate carried to all samples, and what it is made of."""
+    return {
+        "tokens_per_second_mix": carried.tokens_per_second(fill, sum(positions), sum(each["seconds"])),
+        "timed_fill": sum(each["tokens"]) / sum(positions),
+        "each": {**each, "positions": positions},
+    }
 
 
 def told(watch: Stopwatch, works: Sequence[Work], cost: Cost, peak: float) -> dict[str, Any]:
-    """The numbers of a row: medians of steps, with the 10th and 90th percentile of the rate."""
+    """The numbers of a row: medians of steps, with the 10th and 90th percentile of the rate, and each step."""
     seconds = watch.step_seconds()
     rates = [work.tokens / spent for work, spent in zip(works, seconds, strict=True)]
     flops = [cost.flops(work) / spent for work, spent in zip(works, seconds, strict=True)]
@@ -272,6 +282,7 @@ def told(watch: Stopwatch, works: Sequence[Work], cost: Cost, peak: float) -> di
         "syncs_per_step": len(watch.syncs) / watch.budget.rooms,
         "sync_places": sorted(set(watch.syncs)),
         "recompiled": watch.recompiled,
+        "each": {"seconds": seconds, "tokens": [work.tokens for work in works]},
     }
 
 

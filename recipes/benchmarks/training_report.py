@@ -17,7 +17,7 @@ from benchmarks.stopwatch import ROOMS
 GIB = 2**30
 NO_TIME = "no time left"
 """So begins the error of a configuration that was not begun."""
-HEADS = ("", "", "tokens/s", "p10 - p90", "MFU", "of ceiling", "peak GiB", "fill", "beside", "floor")
+HEADS = ("", "", "tokens/s", "p10 - p90", "on the mix", "MFU", "of ceiling", "peak GiB", "fill", "beside", "floor")
 FLOORS = {"B4 0.5B": 110_000, "B4 1.5B": 55_000, "B4 3B": 31_000, "B4 7B": 16_500, "S2 7B": 14_500, "S2 1.5B": 42_000}
 """Real tokens a second that an H200 shall reach."""
 Cells = list[str]
@@ -42,6 +42,7 @@ def line(name: str, row: dict[str, Any], found: dict[str, Any]) -> Cells:
         row["words"] + (f", batch {row['batch']}" if row.get("batch", 16) != 16 else ""),
         f"{row['tokens_per_second']:,.0f}",
         f"{row['tokens_per_second_p10']:,.0f} - {row['tokens_per_second_p90']:,.0f}",
+        f"{row['tokens_per_second_mix']:,.0f}",
         f"{row['mfu']:.1%}",
         f"{row['flops_per_second'] / found['ceiling']:.1%}",
         f"{row['peak_memory'] / GIB:.1f}",
@@ -52,11 +53,22 @@ def line(name: str, row: dict[str, Any], found: dict[str, Any]) -> Cells:
 
 
 def beside(row: dict[str, Any], found: dict[str, Any]) -> str:
-    """How many times as fast as the configuration that it is compared with."""
-    other = found["rows"].get(row["beside"], {})
-    if "tokens_per_second" not in other:
+    """How many times as fast as the configuration that it is compared with, on the whole mix; by medians of the timed
+    steps too where that one pads."""
+    ratios = compared(row, found)
+    if not ratios:
         return ""
-    return f"{row['tokens_per_second'] / other['tokens_per_second']:.2f} x {row['beside']}"
+    by_medians = f", {ratios['median']:.2f} by medians" if "batch" in found["rows"][row["beside"]] else ""
+    return f"{ratios['mix']:.2f} x {row['beside']}{by_medians}"
+
+
+def compared(row: dict[str, Any], found: dict[str, Any]) -> dict[str, float]:
+    """Its rate / that of the row beside it: carried to the whole mix, tokens over time of the timed steps, medians."""
+    other = found["rows"].get(row["beside"], {})
+    if "tokens_per_second" not in row.keys() & other.keys():
+        return {}
+    ways = {"mix": "tokens_per_second_mix", "mean": "tokens_per_second_mean", "median": "tokens_per_second"}
+    return {way: row[name] / other[name] for way, name in ways.items()}
 
 
 def floor(name: str, row: dict[str, Any], found: dict[str, Any]) -> str:
