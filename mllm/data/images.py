@@ -7,23 +7,16 @@ a photograph never has two orientations.
 
 from __future__ import annotations
 
-import functools
 from contextlib import AbstractContextManager, nullcontext
 from typing import IO
 
-import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+from mllm.data.imaging.decoded import flatten, known_formats, sound
 from mllm.data.imaging.files import describe, stream
 from mllm.data.imaging.videos import frame, frame_size
 from mllm.types import Frame, ImageSource, Video
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000")
-"""What training sets hold. Pillow reads thirty more, some by starting another program, few of them ever attacked."""
-MAX_PIXELS = 89_478_485
-"""Pillow's own limit (a quarter of a GiB as RGB), at which it only warns; a few kilobytes may claim any size."""
-MAX_ASPECT = 200
-"""Qwen2-VL's limit: an encoder that resizes the shortest edge makes gigabytes of a line one pixel thin."""
 ORIENTATION = 0x0112
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -91,23 +84,6 @@ def opened(source: ImageSource) -> AbstractContextManager[Image.Image]:
     return image
 
 
-@functools.cache
-def known_formats() -> tuple[str, ...]:
-    """Those of `FORMATS` that this build of Pillow has."""
-    Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
-
-
-def sound(image: Image.Image) -> Image.Image:
-    """The image itself, if it and a resize by its shortest edge fit in memory."""
-    width, height = image.size
-    if min(width, height) == 0 or max(width, height) > MAX_ASPECT * min(width, height):
-        raise ValueError(f"{width} x {height} pixels: no side may be {MAX_ASPECT} times the other")
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"{width} x {height} are more than {MAX_PIXELS} pixels")
-    return image
-
-
 def orientation(image: Image.Image) -> int:
     """EXIF's word for how the camera was held, 1..8; 1 where there is none or it cannot be read."""
     if image.format == "TIFF":  # Pillow turns these upright itself
@@ -143,30 +119,6 @@ def turned(image: Image.Image, turn: Image.Transpose) -> Image.Image:
     upright = image.transpose(turn)
     upright.info.clear()
     return upright
-
-
-def flatten(image: Image.Image) -> Image.Image:
-    """Any Pillow mode to RGB, keeping what a viewer would show."""
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return to_eight_bits(image).convert("RGB")
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        flat = Image.new("RGB", image.size, "white")
-        flat.paste(image, mask=image)
-        return flat
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def to_eight_bits(image: Image.Image) -> Image.Image:
-    """Grey with more than eight bits: scaled by the first customary white that no pixel exceeds."""
-    values = np.nan_to_num(np.asarray(image).astype(np.float32), copy=False, posinf=0.0, neginf=0.0)
-    whites = {"F": (1.0, 255.0, 65535.0), "I": (255.0, 65535.0)}  # `I` holds 32 bits, and files of 8 or 16 in them
-    top = float(values.max())
-    white = next((white for white in whites.get(image.mode, (65535.0,)) if top <= white), top)
-    if (clear := image.info.get("transparency")) is not None:
-        values[values == clear] = white
-    values *= 255 / white
-    return Image.fromarray(np.rint(values, out=values).clip(0, 255, out=values).astype(np.uint8))
 
 
 def reason(error: Exception) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 from pydantic import Discriminator, Tag
@@ -28,9 +28,6 @@ from mllm.data.talk.markers import ImageMarkers
 from mllm.data.workers import read_ahead
 from mllm.schema import Fraction, NotNegativeInt, Positive, Schema
 from mllm.types import IGNORE_INDEX, Batch, Example, Fault, Sample
-
-if TYPE_CHECKING:
-    from mllm.data.streams.batches import StreamedBatches
 
 T = TypeVar("T")
 HeldOutConfig = Annotated[
@@ -151,7 +148,19 @@ class Examples:
         return {**self.__dict__, "kept": {}}
 
 
-class PlannedBatches(Examples, Dataset[Batch]):
+class Batches(Dataset[Batch]):
+    """What both ways of reading have: planned rows over an index here, and streamed ones."""
+
+    def items(self, first_step: int, last_step: int) -> Iterator[Any]:
+        """The rows of each micro-batch, step by step."""
+        raise NotImplementedError
+
+    def names(self, rows: Any) -> Iterator[str]:
+        """Sample ids of one of the items."""
+        raise NotImplementedError
+
+
+class PlannedBatches(Examples, Batches):
     """The micro-batches of this rank. The process that trains plans (`items`); a worker gets rows of sample numbers
     and needs the index alone to fill them."""
 
@@ -184,7 +193,7 @@ def hole(fault: Fault, length: int, source: int, no_pixels: torch.Tensor) -> Exa
 
 
 def batches(
-    dataset: PlannedBatches | StreamedBatches,
+    dataset: Batches,
     first_step: int,
     last_step: int,
     num_workers: int,

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
     from accelerate import Accelerator
 
-    from mllm.train.settings import TrainConfig
 
 AuditMode = Literal["full", "quick", "off"]
 FILE = "audit.json"
@@ -44,13 +43,13 @@ class Audit:
     """What every weight was at the start, and what was found since. Every rank makes one and calls it."""
 
     def __init__(
-        self, accelerator: Accelerator, model: MultimodalLM, train: TrainConfig, say: Callable[[str], None]
+        self, accelerator: Accelerator, model: MultimodalLM, mode: AuditMode, folder: Path, say: Callable[[str], None]
     ) -> None:
-        self.accelerator, self.model, self.folder, self.say = accelerator, model, train.output_dir, say
-        self.is_on, self.is_first = train.audit != "off", True
+        self.accelerator, self.model, self.folder, self.say = accelerator, model, folder, say
+        self.is_on, self.is_first = mode != "off", True
         self.declared = set(trained_weights(model))
         self.start = self.fingerprints() if self.is_on else {}
-        self.report: dict[str, Any] = {"mode": train.audit}
+        self.report: dict[str, Any] = {"mode": mode}
 
     def fingerprints(self) -> dict[str, tuple[int, int]]:
         return {name: fingerprint(held(p), name in self.declared) for name, p in self.model.named_parameters()}

@@ -21,8 +21,7 @@ from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any, Literal
 
 from mllm.schema import NotNegative, Positive, Schema
-from mllm.train.metrics import keep_before
-from mllm.train.saving.durable import read_lines
+from mllm.train.saving.durable import keep_before, read_lines
 from mllm.types import Batch
 
 if TYPE_CHECKING:

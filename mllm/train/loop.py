@@ -120,7 +120,7 @@ def fit(
     )
     preemption = Preemption(accelerator, last_step)
     with watchdog, preemption, Metrics(accelerator, train, first_step, last_step) as metrics:
-        audit = Audit(accelerator, model, train, metrics.say)
+        audit = Audit(accelerator, model, train.audit, train.output_dir, metrics.say)
         held_out = HeldOut(accelerator, index.held_out, processor, data, train, last_step, metrics.say, watchdog.beat)
         for step in range(first_step, last_step):
             torch.manual_seed(step_seed(train.seed, step, accelerator.process_index))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import time
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +35,7 @@ class Metrics:
         self.folder, self.is_main = train.output_dir, accelerator.is_main_process
         told = durable.read_lines(self.folder / "metrics.jsonl") if self.is_main else []
         self.tracking = Tracking(accelerator, train, first_step, told[-1]["step"] if told else 0)
-        self.lines = keep_before(self.folder / "metrics.jsonl", first_step) if self.is_main else []
+        self.lines = durable.keep_before(self.folder / "metrics.jsonl", first_step) if self.is_main else []
         self.first_step, self.last_step = first_step, last_step
         self.before = self.lines[-1]["seconds"] if self.lines else 0.0
         self.bar = Progress(
@@ -95,11 +94,3 @@ class Metrics:
         self.tracking.__exit__(kind, error, trace)
         if self.is_main:
             draw_loss(self.lines, self.folder / "loss.png")
-
-
-def keep_before(path: Path, step: int) -> list[dict[str, Any]]:
-    """The lines of earlier steps, after cutting the file there: a resumed run writes the later ones anew."""
-    kept = [line for line in durable.read_lines(path) if line["step"] <= step]
-    if path.exists():
-        durable.write_lines(path, kept)
-    return kept

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator
 
 from mllm.schema import Fraction, NotNegative, NotNegativeInt, Positive, Schema
 from mllm.train.audit import AuditMode
@@ -19,7 +21,12 @@ from mllm.train.schedule import Schedule
 from mllm.train.trainable import LearningRates
 from mllm.train.tuning.adapters import Lora
 from mllm.train.tuning.checkpointing import Checkpointing
-from mllm.train.watching.trackers import Trackers
+
+TrackerName = Literal["tensorboard", "wandb", "trackio"]
+Trackers = Annotated[
+    list[TrackerName], BeforeValidator(lambda given: given.split(",") if isinstance(given, str) else given)
+]
+"""A list, or names with commas between them."""
 
 
 @dataclass

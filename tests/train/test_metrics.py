@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from mllm.train.forecasting.flops import Cost
-from mllm.train.metrics import keep_before
+from mllm.train.saving.durable import keep_before
 from mllm.train.watching.clock import MEASURED, Clock
 from mllm.train.watching.picture import curves, draw_loss
 from mllm.train.watching.screen import flat, sentence

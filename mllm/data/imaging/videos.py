@@ -21,6 +21,7 @@ from typing import IO, Any
 
 from PIL import Image, UnidentifiedImageError
 
+from mllm.data.imaging.decoded import flatten, known_formats, sound
 from mllm.data.imaging.files import describe, is_local, stream
 from mllm.data.imaging.sampling import uniform
 from mllm.types import Frame, ImageSource, Video
@@ -148,8 +149,6 @@ def opened(video: Video) -> Iterator[IO[bytes]]:
 
 def animation(file: IO[bytes]) -> Image.Image | None:
     """The file as Pillow sees it, if it is an image."""
-    from mllm.data.images import known_formats
-
     try:
         return Image.open(file, formats=known_formats())
     except UnidentifiedImageError:
@@ -159,8 +158,6 @@ def animation(file: IO[bytes]) -> Image.Image | None:
 
 def checked(picture: Image.Image) -> Any:
     """The animation, if one of its frames fits in memory and they can be counted."""
-    from mllm.data.images import sound
-
     if getattr(sound(picture), "n_frames", 1) > MAX_FRAMES:
         raise ValueError(f"more than {MAX_FRAMES} frames")
     return picture
@@ -168,8 +165,6 @@ def checked(picture: Image.Image) -> Any:
 
 def frames_of_animation(picture: Image.Image, number: int) -> Iterator[Image.Image]:
     """Frame after frame, as a viewer would show them; alpha is kept, and laid on white by the door."""
-    from mllm.data.images import flatten
-
     for place in chosen(getattr(checked(picture), "n_frames", 1), number):
         if place:
             picture.seek(place)

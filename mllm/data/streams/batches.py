@@ -17,11 +17,10 @@ from itertools import islice, takewhile
 from typing import Any
 
 import numpy as np
-from torch.utils.data import Dataset
 
 from mllm.data.collate import collate
 from mllm.data.indexing.tally import Tally
-from mllm.data.loader import DataConfig, Share, hole
+from mllm.data.loader import Batches, DataConfig, Share, hole
 from mllm.data.packing import join
 from mllm.data.planning.mixture import MixtureConfig
 from mllm.data.processor import Processor
@@ -113,7 +112,7 @@ def look(stream: Stream) -> Look:
     return Look(items)
 
 
-class StreamedBatches(Dataset[Batch]):
+class StreamedBatches(Batches):
     """The micro-batches of this rank. The process that trains reads (`items`); a worker gets rows of samples with
     their tokens, and opens their images."""
 

@@ -50,6 +50,14 @@ def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
+def keep_before(path: Path, step: int) -> list[dict[str, Any]]:
+    """The lines of earlier steps, after cutting the file there: a resumed run writes the later ones anew."""
+    kept = [line for line in read_lines(path) if line["step"] <= step]
+    if path.exists():
+        write_lines(path, kept)
+    return kept
+
+
 def put_in_place(beside: Path, place: Path) -> None:
     """Seal a folder that is written, and let it take its place. A folder of that name steps aside first, and goes when
     the new one stands: at every moment one of the two is whole under a name that `candidates` knows."""

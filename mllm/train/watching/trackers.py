@@ -12,23 +12,17 @@ import json
 import uuid
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from pydantic import BeforeValidator
 
 from mllm.train.saving import durable
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from mllm.train.settings import TrainConfig
+    from mllm.train.settings import TrackerName, TrainConfig
 
-TrackerName = Literal["tensorboard", "wandb", "trackio"]
-Trackers = Annotated[
-    list[TrackerName], BeforeValidator(lambda given: given.split(",") if isinstance(given, str) else given)
-]
-"""A list, or names with commas between them."""
 REMEMBERED = "trackers.json"
 """In the stage folder: by what id the services know the run."""
 
