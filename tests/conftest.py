@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -130,8 +131,10 @@ def make_image_processor() -> CLIPImageProcessor:
     return CLIPImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size=side)
 
 
-def make_processor(visual_tokens: int = VISUAL_TOKENS, chat_template: str | None = CHAT_TEMPLATE) -> Processor:
-    return Processor(make_tokenizer(chat_template), make_image_processor(), visual_tokens)
+def make_processor(
+    visual_tokens: int = VISUAL_TOKENS, chat_template: str | None = CHAT_TEMPLATE, **settings: Any
+) -> Processor:
+    return Processor(make_tokenizer(chat_template), make_image_processor(), visual_tokens, **settings)
 
 
 def make_model(

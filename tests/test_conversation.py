@@ -161,9 +161,7 @@ def test_image_is_looked_at_again_where_the_connector_reads_the_question() -> No
     def reader() -> Assistant:
         model = sharp(make_model(connector=small))
         model.connector.apply(lambda m: m.weight.data.normal_(0, 0.3) if isinstance(m, torch.nn.Linear) else None)
-        processor = make_processor()
-        processor.instruct = True
-        return Assistant(model, processor)
+        return Assistant(model, make_processor(instruct=True))
 
     torch.manual_seed(3)
     assistant = reader()

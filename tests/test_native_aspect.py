@@ -76,7 +76,7 @@ def test_pixels_and_features_are_those_of_the_stock_processor_and_model(parts: P
     for number, size in enumerate([(60, 20), (20, 60), (31, 150), (33, 32), (100, 55)]):
         image = picture(number, size)
         wanted = images(images=[image], return_tensors="pt")
-        rows, columns = processor.native_aspect.patches(*size)  # type: ignore[union-attr]
+        rows, columns = processor.slots.native_aspect.patches(*size)  # type: ignore[union-attr]
         assert wanted["spatial_shapes"].tolist() == [[rows, columns]]
         own = slice(rows * columns)
         with torch.no_grad():
@@ -93,14 +93,14 @@ def test_pixels_and_features_are_those_of_the_stock_processor_and_model(parts: P
 def test_planned_slots_are_the_features_of_a_thousand_sizes_and_of_images(parts: Path) -> None:
     processor, model = built(parts)
     for width, height in sizes(1000):
-        grid = processor.native_aspect.patches(width, height)  # type: ignore[union-attr]
-        assert processor.num_slots(1, [(height, width)]) == grid[0] * grid[1]
+        grid = processor.slots.native_aspect.patches(width, height)  # type: ignore[union-attr]
+        assert processor.slots.number(1, [(height, width)]) == grid[0] * grid[1]
     made = [processor(sample) for sample in samples()]
     for example in made[1:]:
         features = model.visual_tokens(example.pixel_values, None, example.image_sizes)
         assert len(features) == example.input_ids.count(processor.image_token_id)
     assert len({example.input_ids.count(processor.image_token_id) for example in made}) == 4
-    assert processor.token_range[1] == 9
+    assert processor.slots.token_range[1] == 9
 
 
 def test_packed_samples_of_any_aspect_are_the_same_samples_alone_also_without_images(parts: Path) -> None:
@@ -122,7 +122,7 @@ def test_a_saved_processor_reads_images_alike_and_chat_answers(parts: Path, tmp_
     processor, model = built(parts)
     processor.save(tmp_path)
     loaded, sample = Processor.load(tmp_path), samples()[2]
-    assert loaded.native_aspect == processor.native_aspect
+    assert loaded.slots.native_aspect == processor.slots.native_aspect
     assert torch.equal(loaded(sample).pixel_values, processor(sample).pixel_values)
     sample.messages.pop()
     assistant = Assistant(model, loaded)

@@ -83,7 +83,7 @@ class HeldOutBatches(Dataset[Asked]):
 
     def tiles(self, index: Index) -> list[tuple[Any, ...]]:
         """Of each sample the tiles of each of its images, and how they are laid out: only who has the same can lend."""
-        of_size = self.examples.processor.seen_as
+        of_size = self.examples.processor.slots.seen_as
         sizes = (sides for sides in index.sizes.to_pylist())
         return [tuple(map(of_size, sides[::2], sides[1::2])) for sides in sizes]
 

@@ -18,12 +18,13 @@ from torch.utils.data import Dataset
 
 from mllm.data.collate import collate
 from mllm.data.formats import SourceConfig
+from mllm.data.imaging.slots import ImageFit
 from mllm.data.imaging.tiling import Tiles
 from mllm.data.index import Index
 from mllm.data.packing import join
 from mllm.data.plan import Plan
 from mllm.data.planning.mixture import MixtureConfig
-from mllm.data.processor import ImageFit, Processor
+from mllm.data.processor import Processor
 from mllm.data.talk.markers import ImageMarkers
 from mllm.data.workers import read_ahead
 from mllm.schema import Fraction, NotNegativeInt, Positive, Schema

@@ -68,7 +68,7 @@ class Pictures:
         pixels = self.processor.image_pixels(image).to(device)  # [n, 3, H, W]
         instruction = torch.tensor([said or [-1]] * len(pixels), device=device) if self.processor.instruct else None
         self.computed += 1
-        tokens = self.model.visual_tokens(pixels, instruction, self.processor.sizes(image))
+        tokens = self.model.visual_tokens(pixels, instruction, self.processor.slots.sizes(image))
         return Picture(self.computed, one_sequence(tokens))
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mllm.data.talk.expansion import expand
 from mllm.decoding.pictures import Pictures
 from mllm.models.multimodal import MultimodalLM
 from mllm.types import Sample
@@ -52,7 +53,7 @@ def read(sample: Sample, pictures: Pictures, device: torch.device) -> Prompt:
     sample = processor.framed(sample)
     unexpanded, places = processor.asked(sample)
     shown = pictures(sample, device)
-    input_ids = processor.expand(unexpanded, places, [len(picture.tokens) for picture in shown])
+    input_ids = expand(unexpanded, places, [len(picture.tokens) for picture in shown])
     slots = ((picture.number, slot) for picture in shown for slot in range(len(picture.tokens)))
     marks: list[Hashable] = [next(slots) if token == processor.image_token_id else token for token in input_ids]
     return Prompt(input_ids, marks, [picture.tokens for picture in shown])

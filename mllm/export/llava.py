@@ -36,7 +36,7 @@ def config(trained: Trained) -> dict[str, Any]:
             "projector_layernorm_eps": norm.eps,
         } | common
     kind = {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava"}
-    if (layout := trained.processor.any_resolution) is not None:
+    if (layout := trained.processor.slots.any_resolution) is not None:
         kind = {"architectures": ["LlavaNextForConditionalGeneration"], "model_type": "llava_next"}
         common["image_grid_pinpoints"] = layout.pinpoints()
     return {

@@ -37,7 +37,7 @@ def write(
 
 
 def processor_class(processor: Processor) -> str:
-    return "LlavaNextProcessor" if processor.any_resolution else "LlavaProcessor"
+    return "LlavaNextProcessor" if processor.slots.any_resolution else "LlavaProcessor"
 
 
 def patch_of_tokens(layout: AnyResolution) -> int:
@@ -111,7 +111,7 @@ def write_image_processor(processor: Processor, folder: Path, as_bytes: bool) ->
     processor.image_processor.save_pretrained(folder)
     path = folder / "preprocessor_config.json"
     config = json.loads(path.read_text())
-    if isinstance(processor.to_pixels, Resize) and config["image_processor_type"] not in LOADS_FILES:
+    if isinstance(processor.transform.to_pixels, Resize) and config["image_processor_type"] not in LOADS_FILES:
         config["image_processor_type"] = "CLIPImageProcessor"  # the same steps, and 4.57's opens files too
     if not config.get("crop_size"):
         _, height, width = processor.pixel_shape
@@ -119,7 +119,7 @@ def write_image_processor(processor: Processor, folder: Path, as_bytes: bool) ->
         config["do_center_crop"] = False
     if processor.image_fit == "pad":
         config |= {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
-    if processor.any_resolution:
+    if processor.slots.any_resolution:
         config |= tiled(processor)
     if as_bytes:
         config |= {"do_rescale": False, "do_normalize": False}
@@ -129,14 +129,14 @@ def write_image_processor(processor: Processor, folder: Path, as_bytes: bool) ->
 
 def tiled(processor: Processor) -> dict[str, Any]:
     """What LlavaNext's image processor must be told: tiles come to it at their size already."""
-    layout = processor.any_resolution
+    layout = processor.slots.any_resolution
     assert layout is not None
     return {
         "image_processor_type": "LlavaNextImageProcessor",
         "image_grid_pinpoints": layout.pinpoints(),
         "size": {"shortest_edge": layout.side},
         "crop_size": {"height": layout.side, "width": layout.side},
-        "resample": int(processor.resample),
+        "resample": int(processor.transform.resample),
         "do_resize": True,
         "do_center_crop": True,
         "do_pad": True,

@@ -107,7 +107,7 @@ def write_reference(trained: Trained, folder: Path, dtype: torch.dtype, new_toke
 
 def tiles_of(trained: Trained, prompt: Example) -> list[int]:
     """Of each image whose tiles stand together in one padded row of pixels; of others nothing."""
-    layout = trained.processor.any_resolution
+    layout = trained.processor.slots.any_resolution
     return [layout.num_tiles(width, height) for height, width in prompt.image_sizes] if layout else []
 
 

@@ -95,8 +95,8 @@ def write_processor(trained: Trained, folder: Path) -> None:
     refuse(trained)
     if FORMS.get(find_home(trained.model).architecture) is llava:
         patch, strategy = trained.encoder.grid.patch, llava.select_strategy(trained)
-    elif trained.processor.any_resolution:
-        patch, strategy = processor_files.patch_of_tokens(trained.processor.any_resolution), "full"
+    elif trained.processor.slots.any_resolution:
+        patch, strategy = processor_files.patch_of_tokens(trained.processor.slots.any_resolution), "full"
     else:  # the whole picture is one patch; what it becomes is counted as additional tokens
         patch, strategy = trained.processor.pixel_shape[1], "full"
     processor_files.write(trained.processor, folder, trained.parts.llm, patch, strategy, trained.takes_bytes)

@@ -132,11 +132,11 @@ def stream_table(known: Look, plan: Plan | StreamPlan, processor: Processor, ste
 
 def visual_tokens(processor: Processor) -> str:
     """How many an image becomes."""
-    one, tiles = processor.num_visual_tokens, processor.tile_range
-    fewest, most = processor.token_range
-    if processor.native_aspect:
+    one, tiles = processor.num_visual_tokens, processor.slots.tile_range
+    fewest, most = processor.slots.token_range
+    if processor.slots.native_aspect:
         return f"{fewest} to {most} visual tokens (patches in its own aspect)"
-    if processor.tiling is None:
+    if processor.slots.tiling is None:
         return f"{one} visual tokens"
     return f"{fewest} to {most} visual tokens ({tiles[0]} to {tiles[1]} tiles of {one}, {processor.tiles})"
 

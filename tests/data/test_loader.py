@@ -71,9 +71,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Index:
 @pytest.fixture(scope="module")
 def quick() -> Processor:
     """What the properties read with: tokens and pixels are made once, for this is not what they test."""
-    processor = make_processor()
-    processor.keep = True
-    return processor
+    return make_processor(keep=True)
 
 
 def rows_of(parts: list[Batch]) -> list[tuple[Any, ...]]:
@@ -173,8 +171,7 @@ def test_a_batch_of_text_alone_holds_one_blank_image(tmp_path: Path, processor: 
 
 def test_kept_samples_are_read_once(tmp_path: Path, processor: Processor) -> None:
     path = write_llava(tmp_path, 6)
-    kept = make_processor()
-    kept.keep = True
+    kept = make_processor(keep=True)
     dataset, plain = dataset_of(index_of(path, processor), processor=kept), dataset_of(index_of(path, processor))
     first = [dataset.example(number) for number in range(6)]
     path.write_text("[]")

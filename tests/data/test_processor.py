@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,10 @@ from PIL import Image
 from transformers import EfficientNetImageProcessor
 
 from conftest import make_processor, make_sample, make_tokenizer, picture
+from mllm.data.imaging.slots import ImageFit
+from mllm.data.imaging.transform import LARGEST_SIDE
 from mllm.data.indexing.measure import Sizes, measure
-from mllm.data.processor import LARGEST_SIDE, ImageFit, Processor
+from mllm.data.processor import Processor
 from mllm.types import IGNORE_INDEX, Mark, Message, Sample
 
 
@@ -111,8 +115,7 @@ def test_images_behind_a_cut_are_neither_opened_nor_counted(tmp_path: Path) -> N
     document = Sample("d", [Message("user", []), Message("assistant", content)], where="row 1")
     document.images = [tmp_path / "0.png", tmp_path / "missing.png", tmp_path / "missing.png"]
     for instruct in (False, True):
-        processor = make_processor()
-        processor.instruct = instruct
+        processor = make_processor(instruct=instruct)
         whole = processor.encoded(document)
         second = [i for i, token in enumerate(whole.input_ids) if token == processor.image_token_id][4]
         for length in range(second + 1, second + 4):
@@ -141,8 +144,8 @@ def test_a_prompt_has_no_labels_and_begins_the_training_ids(processor: Processor
 def test_saved_and_loaded_processors_are_the_same(
     tmp_path: Path, fit: ImageFit, draft: bool, template: str | None
 ) -> None:
-    processor = make_processor(7) if template else make_processor(7, None)
-    processor.image_fit, processor.jpeg_draft = fit, draft
+    settings = {"image_fit": fit, "jpeg_draft": draft}
+    processor = make_processor(7, **settings) if template else make_processor(7, None, **settings)
     processor.save(tmp_path)
     loaded = Processor.load(tmp_path)
     sample = make_sample(5, num_images=2, turns=2)
@@ -181,9 +184,7 @@ def test_pixels_that_cannot_be_split_are_float_with_or_without_images() -> None:
 def test_draft_is_close_to_the_whole_decode_and_off_by_default(tmp_path: Path, fit: ImageFit) -> None:
     smooth = picture(1, (8, 6)).resize((800, 600), Image.Resampling.BICUBIC)
     smooth.save(tmp_path / "a.jpg", quality=95)
-    plain, drafting = make_processor(), make_processor()
-    plain.image_fit = drafting.image_fit = fit
-    drafting.jpeg_draft = True
+    plain, drafting = make_processor(image_fit=fit), make_processor(image_fit=fit, jpeg_draft=True)
     whole, draft = plain.pixels([tmp_path / "a.jpg"]), drafting.pixels([tmp_path / "a.jpg"])
     assert not make_processor().jpeg_draft
     assert not torch.equal(whole, draft)
@@ -192,10 +193,8 @@ def test_draft_is_close_to_the_whole_decode_and_off_by_default(tmp_path: Path, f
 
 @pytest.mark.parametrize("size", [(60, 20), (20, 60), (21, 20), (30, 30)])
 def test_pad_shows_the_whole_image_on_the_mean_colour(size: tuple[int, int]) -> None:
-    processor = make_processor()
-    processor.image_fit = "pad"
     image = picture(1, size)
-    fitted = processor.fit(image)
+    fitted = make_processor(image_fit="pad").transform.fit(image)
     left, top = (fitted.width - size[0]) // 2, (fitted.height - size[1]) // 2
     assert fitted.size == (max(size),) * 2
     assert fitted.crop((left, top, left + size[0], top + size[1])).tobytes() == image.tobytes()
@@ -208,9 +207,8 @@ def test_pad_shows_the_whole_image_on_the_mean_colour(size: tuple[int, int]) -> 
 
 
 def test_pad_does_not_blow_a_long_image_up_to_its_square() -> None:
-    processor = make_processor()
-    processor.image_fit = "pad"
-    assert processor.fit(Image.new("RGB", (30_000, 200))).size == (LARGEST_SIDE, LARGEST_SIDE)
+    processor = make_processor(image_fit="pad")
+    assert processor.transform.fit(Image.new("RGB", (30_000, 200))).size == (LARGEST_SIDE, LARGEST_SIDE)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 100), (3, 100), (100, 3), (3, 3)])
@@ -226,8 +224,7 @@ def test_kept_samples_are_the_same_tokens_and_pixels(tmp_path: Path) -> None:
         sample = make_sample(i)
         sample.images = [tmp_path / f"{i}.png"]
         samples.append(sample)
-    fresh, keeping = make_processor(), make_processor()
-    keeping.keep = True
+    fresh, keeping = make_processor(), make_processor(keep=True)
     for _ in range(2):
         for sample in samples:
             one, other = keeping(sample), fresh(sample)
@@ -235,3 +232,18 @@ def test_kept_samples_are_the_same_tokens_and_pixels(tmp_path: Path) -> None:
             assert torch.equal(one.pixel_values, other.pixel_values)
     assert len(keeping.kept_tokens) == len(keeping.kept_pixels) == 3
     assert not fresh.kept_tokens
+
+
+def test_a_processor_is_a_value_and_another_one_follows_its_settings_whole() -> None:
+    native, wide = make_processor(), picture(1, (60, 20))
+    with pytest.raises(FrozenInstanceError):
+        native.image_fit = "pad"  # type: ignore[misc]
+    assert native.slots.tile_range == (1, 1)
+    for settings in ({"image_fit": "pad"}, {"tiles": "dynamic", "max_tiles": 4}, {"tiles": "anyres"}):
+        changed, made = replace(native, **settings), make_processor(**settings)
+        assert changed.slots == made.slots
+        assert torch.equal(changed.pixels([wide]), made.pixels([wide]))
+        assert not torch.equal(changed.pixels([wide])[:1], native.pixels([wide]))
+        again = pickle.loads(pickle.dumps(changed))
+        assert torch.equal(again.pixels([wide]), made.pixels([wide]))
+        assert again.slots.taken(wide) == made.slots.taken(wide)

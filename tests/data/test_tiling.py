@@ -43,12 +43,12 @@ def sizes(count: int) -> list[tuple[int, int]]:
 @pytest.mark.parametrize(("policy", "most"), POLICIES)
 def test_planned_tokens_are_the_features_of_a_thousand_sizes(policy: str, most: int | None) -> None:
     processor, model = tiled(policy, most), make_model()
-    if processor.any_resolution:
-        model.image_newline = ImageNewline(processor.any_resolution, 32)
-    fewest, highest = processor.tile_range
+    if processor.slots.any_resolution:
+        model.image_newline = ImageNewline(processor.slots.any_resolution, 32)
+    fewest, highest = processor.slots.tile_range
     for width, height in sizes(1000):
         image = Image.new("RGB", (width, height))
-        tiles = processor.num_tiles(image)
+        tiles = processor.slots.taken(image).tiles
         assert fewest <= tiles <= highest
         assert processor.pixels([image]).shape == (tiles, 3, IMAGE_SIZE, IMAGE_SIZE)
     for seed, size in enumerate(sizes(20)):
@@ -100,8 +100,8 @@ def test_the_index_tells_lengths_and_tiles_of_turned_and_drafted_photographs(
             line, example = measure(sample, processor, 400, Sizes()), processor(sample, 400)
             assert line["sizes"] == [width, height]
             assert (line["length"], line["tiles"]) == (len(example.input_ids), len(example.pixel_values))
-            assert processor.tiling
-            assert line["tiles"] == processor.tiling.number(width, height)
+            assert processor.slots.tiling
+            assert line["tiles"] == processor.slots.tiling.number(width, height)
 
 
 def test_a_tiled_image_that_does_not_fit_is_cut_away_whole() -> None:
@@ -109,7 +109,7 @@ def test_a_tiled_image_that_does_not_fit_is_cut_away_whole() -> None:
     sample = make_sample(1, num_images=2, turns=2)
     sample.messages[2].content.insert(0, sample.messages[0].content.pop(0))
     whole = processor.encoded(sample)
-    first, slots = processor.taken(sample.images[0])
+    first, slots = processor.slots.taken(sample.images[0])
     start = whole.input_ids.index(processor.image_token_id, whole.input_ids.index(processor.image_token_id) + slots)
     for length in (start + 4, len(whole.input_ids) - 30):
         kept = processor.encoded(sample, length)
@@ -149,7 +149,7 @@ def test_saved_tiles_and_markers_are_loaded(tmp_path: Path) -> None:
     processor.save(tmp_path)
     loaded = Processor.load(tmp_path)
     sample = make_sample(1, num_images=2)
-    assert (loaded.tiling, loaded.image_markers) == (processor.tiling, "numbered")
+    assert (loaded.slots.tiling, loaded.image_markers) == (processor.slots.tiling, "numbered")
     assert loaded(sample).input_ids == processor(sample).input_ids
 
 
@@ -172,7 +172,7 @@ def test_held_out_samples_borrow_as_many_tiles(llava_folder: Any) -> None:
         picture(row, size).save(path.parent / "images" / f"{row}.png")
     processor = tiled("dynamic", 4)
     index = index_of(path, processor)
-    assert index.tiles.tolist() == [processor.num_tiles(index.sample(n).images[0]) for n in range(8)]
+    assert index.tiles.tolist() == [processor.slots.taken(index.sample(n).images[0]).tiles for n in range(8)]
     batches = HeldOutBatches(index, processor, DataConfig(seq_length=256), Share(0, 1, 2))
     for rows in batches.items:
         asked = batches[rows]

@@ -119,7 +119,7 @@ def make_stage(
     named = {"vision_encoder": str(folder / "encoder"), "llm": str(folder / "llm"), **model}
     parts = ModelConfig(**{"connector": connector or MLPConnector(), **named})  # type: ignore[arg-type]
     out = out or folder / "stage"
-    processor = Processor.from_hub(parts.llm, parts.encoders()[0], visual_tokens_per_image(parts), image_fit)
+    processor = Processor.from_hub(parts.llm, parts.encoders()[0], visual_tokens_per_image(parts), image_fit=image_fit)
     data = data or DataConfig()
     processor = replace(processor, tiles=data.tiles, max_tiles=data.max_tiles)
     torch.manual_seed(3)

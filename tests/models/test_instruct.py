@@ -24,9 +24,7 @@ CONNECTOR = QFormerConnector(num_queries=4, hidden_size=16, num_layers=4, num_he
 
 
 def processor() -> Processor:
-    made = make_processor()
-    made.instruct = True
-    return made
+    return make_processor(instruct=True)
 
 
 def model(seed: int = 0) -> MultimodalLM:

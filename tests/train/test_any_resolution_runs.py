@@ -37,8 +37,8 @@ def train(data: Path, folder: Path, accelerator: Accelerator | None = None) -> N
     processor = anyres_processor()
     model = make_model()
     torch.manual_seed(5)
-    assert processor.any_resolution
-    model.image_newline = ImageNewline(processor.any_resolution, 32)
+    assert processor.slots.any_resolution
+    model.image_newline = ImageNewline(processor.slots.any_resolution, 32)
     choose_trainable(model, config.learning_rate, None)
     run(data, config, model, accelerator=accelerator, processor=processor)
     save_stage(folder, model, processor, "model: {}\n", accelerator is None or accelerator.is_main_process)
@@ -83,8 +83,8 @@ def test_newline_trains_is_saved_and_the_audit_sees_it_move(one: Path) -> None:
 def test_newline_has_the_connectors_rate_a_line_of_its_own_and_patterns() -> None:
     model, processor = make_model(), anyres_processor()
     assert isinstance(processor, Processor)
-    assert processor.any_resolution
-    model.image_newline = ImageNewline(processor.any_resolution, 32)
+    assert processor.slots.any_resolution
+    model.image_newline = ImageNewline(processor.slots.any_resolution, 32)
     choose_trainable(model, RATES["learning_rate"], None)
     told = {part.name: (part.trained, part.rate) for part in parts(model, RATES["learning_rate"])}
     assert told["image_newline"] == (32, 1e-2)

@@ -70,8 +70,7 @@ def settings(folder: Path, **changes: Any) -> TrainConfig:
 
 
 def run(data: Path, train: TrainConfig, resume: bool = False, accelerator: Accelerator | None = None) -> MultimodalLM:
-    model, processor = made(), make_processor(QUERIES)
-    processor.keep = True
+    model, processor = made(), make_processor(QUERIES, keep=True)
     config = DataConfig([CaptionsSource(path=data)], seq_length=LENGTH, packing=False, num_workers=0)
     index = build_index(config.sources, processor, LENGTH, progress=False)
     train.output_dir.mkdir(parents=True, exist_ok=True)

@@ -18,8 +18,10 @@ BEGINNING = 1
 class WordCounter(Processor):
     """Counts where a processor would tokenise."""
 
+    image_token_id = -1
+
     def __init__(self) -> None:
-        self.image_token_id = -1
+        """Without a tokenizer, an image processor or a number of visual tokens."""
 
     def encoded(self, sample: Sample, max_length: int | None = None) -> Encoded:
         """One entry a word, labelled where the assistant says it."""
