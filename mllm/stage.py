@@ -59,8 +59,8 @@ from mllm.train.saving import durable
 from mllm.train.saving.preemption import to_the_end
 from mllm.train.stage_folder import FINISHED, needs_weights, save_stage
 from mllm.train.tuning import checkpointing, compiling, fp8
-from mllm.train.watchdog import RankStopped
 from mllm.train.watching import trackers
+from mllm.train.watching.stops import RankStopped
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

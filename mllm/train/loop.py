@@ -91,7 +91,7 @@ def fit(
     if resume:
         ledger.resume(accelerator, first_step, newest_state(train.output_dir, name)["position"])
         guard.resume(accelerator, first_step)
-    watchdog = Watchdog(accelerator, train.output_dir, train.hang_seconds, train.hang_stop_seconds)
+    watchdog = Watchdog(accelerator, train.output_dir, train.hang_seconds, train.hang_stop_seconds, train.compile)
     micro_batches = batches(dataset, first_step, last_step, data.num_workers, watchdog.asked)
     micro_batches = feature_caching.one_ahead(cache, micro_batches, dataset.accumulation)
     micro_batches = watchdog.loaded(micro_batches, first_step, dataset.accumulation)

@@ -99,7 +99,7 @@ class TrainConfig(Schema):
     step is known. Changes no result."""
     hang_seconds: NotNegative = 45.0
     """Seconds without a step after which a run says which rank it waits for, at which step, and with which samples; 0
-    does not watch."""
+    does not watch. Five times as long in what may last: checkpoints, evaluations, a first step that compiles."""
     hang_stop_seconds: NotNegative = 600.0
     """Seconds after which it ends."""
     save_every: Positive | None = None

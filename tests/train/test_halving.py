@@ -20,7 +20,7 @@ from mllm.train.halving import Room, split
 from mllm.train.losses import NextToken, num_supervised
 from mllm.train.settings import TrainConfig
 from mllm.train.trainable import Lora
-from mllm.train.watchdog import RankStopped
+from mllm.train.watching.stops import RankStopped
 from mllm.types import Batch, Example, Fault
 from runs import LORA, metrics, on_two_ranks, run, settings, weights, write_llava
 

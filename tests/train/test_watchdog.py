@@ -22,7 +22,9 @@ from engines import start
 from hanging import launch_with
 from mllm.data.loader import PlannedBatches
 from mllm.train.losses import NextToken
-from mllm.train.watchdog import EXIT_CODE, RankStopped
+from mllm.train.watchdog import Watchdog
+from mllm.train.watching.alarm import EXIT_CODE
+from mllm.train.watching.stops import RankStopped
 from mllm.train.watching.waits import Seen, Standing, sentence, suspects
 from runs import as_rank, metrics, run, settings, write_llava
 
@@ -204,6 +206,25 @@ def test_beats_of_a_step_are_counted_from_its_first() -> None:
     later = first.next(ids=("b",)).next(phase="forward")
     assert (first.place, later.place) == ((1, 0), (1, 1))
     assert later.next(step=2, phase="loading").place == (2, 0)
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_every_phase_of_a_first_step_that_compiles_may_last_and_none_of_later_ones(
+    compiles: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick: dict[int, set[str]] = {1: set(), 2: set()}
+    stand = Watchdog.stand
+
+    def noted(self: Watchdog, **changes: Any) -> None:
+        stand(self, **changes)
+        if self.standing.step and not self.standing.slow:
+            quick[self.standing.step].add(self.standing.phase)
+
+    monkeypatch.setattr(Watchdog, "stand", noted)
+    monkeypatch.setattr(mllm.train.loop.compiling, "switch_on", lambda *_: None)  # what it does is told elsewhere
+    run(write_llava(tmp_path, 12), settings(tmp_path / "run", steps=2, compile=compiles))
+    assert {"forward", "backward", "updating the weights"} <= quick[2]
+    assert quick[1] == (set() if compiles else quick[2] - {"loading"})
 
 
 # ---------------------------------------------------------------- under a real launcher

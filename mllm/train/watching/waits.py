@@ -1,7 +1,7 @@
 """Who is waited for: pure, on what is known of every rank.
 
 Enters: of each rank the phase it stands in, how long, and whether its process answers. Leaves: the ranks that the
-others wait for, and the sentence that says so.
+others wait for, the sentence that says so, and the one rank that says it.
 """
 
 from __future__ import annotations
@@ -102,6 +102,12 @@ def suspects(seen: Sequence[Seen], now: float, seconds: float, quiet: float) -> 
         alone = [one for one in behind if not one.exchanging]
         behind = alone if len(alone) < len(behind) else []
     return [one for one in behind if one.age > seconds * (SLOW if one.standing.slow else 1)]
+
+
+def speaks(rank: int, world_size: int, others: set[int]) -> bool:
+    """Is this the first rank that is not one of these? Where all are, the first of all."""
+    waiting = [other for other in range(world_size) if other not in others] or [0]
+    return rank == waiting[0]
 
 
 def sentence(own: Standing, age: float, found: Sequence[Seen], now: float, quiet: float) -> str:
