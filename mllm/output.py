@@ -17,6 +17,7 @@ from mllm.train.blip2.text_side import FILE as TEXT_SIDE
 from mllm.train.checkpoint import checkpoints
 from mllm.train.saving import durable
 from mllm.train.stage_folder import FINISHED
+from mllm.train.tuning.fp8_gate import FILE as FP8_FILE
 from mllm.train.watching import trackers
 
 WRITTEN = (
@@ -39,6 +40,7 @@ WRITTEN = (
     "guard.jsonl",
     "hang.jsonl",
     "ledger.json",
+    FP8_FILE,
     AUDIT_FILE,
 )
 """All that a stage writes: what --overwrite removes, and nothing else."""

@@ -43,8 +43,7 @@ from mllm.train.schedule import rate_factor, rates, set_rates
 from mllm.train.settings import TrainConfig
 from mllm.train.step import optimise
 from mllm.train.trainable import parameter_groups, set_mode
-from mllm.train.tuning import checkpointing, compiling, fast_lora, fp8
-from mllm.train.tuning.fp8_gate import check_direction
+from mllm.train.tuning import checkpointing, compiling, fast_lora, fp8, fp8_gate
 from mllm.train.watchdog import Watchdog
 from mllm.train.watching.clock import make_clock
 
@@ -127,7 +126,7 @@ def fit(
             set_rates(optimizer, rate_factor(step, last_step, train.warmup, train.schedule))
             block = clock.block(micro_batches, dataset.accumulation)
             if step == first_step:
-                check_direction(accelerator, model, train, block, metrics.say)
+                fp8_gate.choose(accelerator, model, train, block, resume, metrics.say)
             numbers = take_step(block)
             watchdog.beat("after the step", slow=True)
             numbers = guard.note(accelerator, step + 1, numbers)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,9 +23,10 @@ from mllm.train.forecasting.memory import predict
 from mllm.train.forecasting.shadow import Setup, Shape
 from mllm.train.losses import NextToken, model_inputs
 from mllm.train.trainable import LearningRates, Lora, choose_trainable
-from mllm.train.tuning import fp8
+from mllm.train.tuning import fp8, fp8_gate
 from mllm.train.tuning.fp8 import FrozenFp8Linear, bytes_of_copies, chosen, convert, product, quantise
-from runs import metrics, run, settings
+from mllm.train.tuning.fp8_gate import FILE, Choice, choices
+from runs import metrics, on_two_ranks, run, settings
 
 
 def aligned(lora: Lora | None = None, family: str = "llama") -> MultimodalLM:
@@ -65,6 +69,8 @@ def test_product_and_gradient_are_those_of_the_full_weights_but_for_three_bits()
 
 class Wrapped(nn.Module):
     """The least that `convert` takes for an LLM."""
+
+    _no_split_modules = None
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
@@ -126,6 +132,40 @@ def test_a_later_training_has_its_own_copies_or_none(monkeypatch: pytest.MonkeyP
     assert all(torch.equal(*pair) for pair in zip(gradient_of(model), gradient_of(plain), strict=True))
 
 
+def of_first_block(first: tuple[bool, bool], others: tuple[bool, bool] = (False, False)) -> Any:
+    return lambda name, block: others if block else first
+
+
+@pytest.mark.parametrize("eight", [(True, False), (False, True), (True, True)], ids=["product", "gradient", "both"])
+def test_product_and_gradient_are_chosen_each_for_itself_block_by_block(eight: tuple[bool, bool]) -> None:
+    model, plain = aligned(), aligned()
+    assert convert(model, of_first_block(eight)) == 7
+    assert fp8.share(model, of_first_block(eight)) == sum(eight) / 4
+    own, other = (one.llm.model.layers[0].mlp.down_proj for one in (model, plain))
+    assert type(own) is FrozenFp8Linear
+    assert type(model.llm.model.layers[1].mlp.down_proj) is nn.Linear
+    torch.manual_seed(0)
+    states, upstream = torch.randn(9, 64, requires_grad=True), torch.randn(9, 32)
+    found, expected = own(states), other(states)
+    assert torch.equal(found, expected) is not eight[0]
+    gradients = [torch.autograd.grad(out, states, upstream)[0] for out in (found, expected)]
+    assert torch.equal(*gradients) is not eight[1]
+    assert cosine(found, expected) > 0.998
+    assert cosine(*gradients) > 0.998
+
+
+@pytest.mark.parametrize("eight", [(False, True), (True, True)], ids=["gradient", "both"])
+def test_compiled_blocks_compute_what_they_do_uncompiled(eight: tuple[bool, bool]) -> None:
+    found = []
+    for compiled in (False, True):
+        model = aligned()
+        convert(model, of_first_block(eight, (True, True)))
+        for block in model.llm.model.layers if compiled else ():
+            block.mlp.forward = torch.compile(block.mlp.forward, backend="aot_eager", fullgraph=True)
+        found.append(torch.cat([gradient.flatten() for gradient in gradient_of(model)]))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)
+
+
 def chosen_first(model: MultimodalLM) -> Any:
     return model.llm.model.layers[0].mlp.down_proj
 
@@ -155,20 +195,99 @@ def test_losses_of_a_run_stay_within_half_a_percent(tmp_path: Path, kind: str, m
     assert losses["fp8"] == pytest.approx(losses["plain"], rel=5e-3)
 
 
-def test_a_model_whose_gradient_loses_its_direction_is_refused_with_the_cosine(
+def test_each_choice_is_a_part_of_the_one_before() -> None:
+    deep = choices(28)
+    assert [(one.products_from, one.gradients_from) for one in deep] == [
+        (0, 0),
+        (4, 0),
+        (7, 0),
+        (14, 0),
+        (14, 14),
+        (28, 14),
+    ]
+    assert choices(2) == [Choice(), Choice(1), Choice(1, 1), Choice(2, 1)]
+    assert [one.words(2) for one in choices(2)] == [
+        "all",
+        "products from block 2 of 2 on and all gradients",
+        "products from block 2 of 2 on and gradients from block 2 of 2 on",
+        "gradients from block 2 of 2 on",
+    ]
+    assert [fp8.share(aligned(), one.which) for one in choices(2)] == [1, 0.75, 0.5, 0.25]
+
+
+GEMMA = r"fp8: products from block 2 of 2 on and all gradients, 75% .* cosine of 0\.99\d\d"
+"""With weights at random, of this width, all of it is 0.987."""
+
+
+def test_of_a_model_whose_gradient_loses_its_direction_early_products_stay_as_they_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Gemma 3 with weights at random, of this width: 0.987."""
     monkeypatch.setattr(fp8, "check", lambda *_: None)
     data = write_llava(tmp_path)
-    train = settings(tmp_path / "out", fp8=True, steps=1)
-    with pytest.raises(ValueError, match=r"cosine of 0\.9[78]\d\d .* 0\.99 is asked for: leave train\.fp8 out"):
-        run(data, train, aligned(family="gemma3"))
+    for name, wanted in {"gemma3": Choice(1), "llama": Choice()}.items():
+        train, model = settings(tmp_path / name, fp8=True, steps=1), aligned(family=name)
+        run(data, train, model)
+        first, second = (layer.mlp.down_proj for layer in model.llm.model.layers)
+        assert (first.forwards is None, second.forwards is None) == (wanted.products_from == 1, False)
+        assert first.backwards is not None
+        kept = json.loads((train.output_dir / FILE).read_text())
+        assert (kept["products_from"], kept["gradients_from"], kept["blocks"]) == (wanted.products_from, 0, 2)
+        assert kept["share"] == (0.75 if name == "gemma3" else 1)
+        assert kept["cosine"] > 0.99
+    said = capsys.readouterr().out
+    assert re.search(GEMMA, said)
+    assert re.search(r"fp8: all, 100% of the frozen layers' operations; .* cosine of 0\.99", said)
+
+
+def test_where_nothing_keeps_the_direction_the_run_ends_with_the_cosine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fp8, "check", lambda *_: None)
+    monkeypatch.setattr(fp8_gate, "LEAST", 0.99999)
+    data, train = write_llava(tmp_path), settings(tmp_path / "out", fp8=True, steps=1)
+    said = (
+        r"more than gradients from block 2 of 2 on .* cosine of 0\.999\d .* 0\.99999 is asked for: leave train\.fp8 out"
+    )
+    with pytest.raises(ValueError, match=said):
+        run(data, train)
     train.probe = False
-    run(data, train, aligned(family="gemma3"))
+    run(data, train, model := aligned())
+    assert all(layer.forwards and layer.backwards for layer in model.modules() if isinstance(layer, FrozenFp8Linear))
+
+
+def test_a_resumed_run_computes_as_it_began_and_does_not_ask_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(fp8, "check", lambda *_: None)
+    data, whole, cut = write_llava(tmp_path), settings(tmp_path / "whole", fp8=True), tmp_path / "cut"
+    run(data, whole, aligned(family="gemma3"))
+    run(data, settings(cut, fp8=True, save_every=2), aligned(family="gemma3"))
+    shutil.rmtree(cut / "checkpoints" / "step-4")
+    (cut / "metrics.jsonl").write_text("".join((cut / "metrics.jsonl").read_text().splitlines(keepends=True)[:2]))
+    before = (cut / FILE).read_text()
+    monkeypatch.setattr(fp8_gate, "first_that_keeps", lambda *_: pytest.fail("asked again"))
     capsys.readouterr()
-    run(data, settings(tmp_path / "llama", fp8=True, steps=1), aligned())
-    assert "the gradient of the first row has a cosine of 0.99" in capsys.readouterr().out
+    run(data, settings(cut, fp8=True, save_every=2), aligned(family="gemma3"), resume=True)
+    assert metrics(cut) == metrics(whole.output_dir)
+    assert (cut / FILE).read_text() == before
+    assert "fp8, as the run began: products from block 2 of 2 on" in capsys.readouterr().out
+
+
+def test_two_ranks_take_what_the_worse_of_them_needs(tmp_path: Path) -> None:
+    on_two_ranks(as_seen_by, tmp_path)
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert found[0] == found[1] == [1, 0, pytest.approx(0.992)]
+
+
+def as_seen_by(rank: int, folder: Path) -> None:
+    """All in 8 bits keeps the direction of rank 0 alone; the second choice that of both."""
+    seen = iter(([0.999, 0.998], [0.98, 0.992])[rank])
+    fp8_gate.cosine_similarity = lambda *_, dim: torch.tensor(next(seen))  # type: ignore[assignment]
+    processor = make_processor()
+    row = collate([join([processor(make_sample(rank))], processor.pixel_shape)], processor.pixel_shape)
+    found, cosine = fp8_gate.first_that_keeps(Accelerator(cpu=True), aligned(), row, choices(2))
+    (folder / f"{rank}.json").write_text(json.dumps([found.products_from, found.gradients_from, cosine]))
+    torch.distributed.destroy_process_group()
 
 
 def test_asking_for_the_direction_changes_no_bit_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

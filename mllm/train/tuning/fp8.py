@@ -7,13 +7,15 @@ weight has no gradient. Weights, and whatever is asked without a gradient (held-
 
 A Hopper GPU multiplies e4m3 nearly twice as fast as bfloat16: four layers of Qwen2.5's 7B, compiled, forward and
 backward of 16K tokens on an H200, take 65 ms for 102 in bfloat16, of its 1.5B 19 for 24. On a CPU the same numbers are
-multiplied in float32. What it does to the gradient is asked of each model (`fp8_gate.py`).
+multiplied in float32. What it does to the gradient is asked of each model, which may leave some of these products as
+they are (`fp8_gate.py`).
 
 M rows, K width of the input, N of the output.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +25,7 @@ from torch.nn.functional import linear
 from mllm.models.multimodal import MultimodalLM
 from mllm.models.quantised import is_quantised
 from mllm.train import engine
+from mllm.train.tuning.compiling import llm_blocks
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -37,6 +40,13 @@ FIRST = (8, 9)
 """Compute capability of the first GPUs that multiply such numbers."""
 MULTIPLE = 16
 """What cuBLAS asks of both sides of a matrix."""
+Which = Callable[[str, int], tuple[bool, bool]]
+"""A layer's name in the LLM and the number of its block -> are the product, and the gradient of its input, computed
+with 8-bit floats?"""
+
+
+def everything(name: str, block: int) -> tuple[bool, bool]:
+    return True, True
 
 
 def switch_on(accelerator: Accelerator, model: MultimodalLM, train: TrainConfig) -> None:
@@ -96,17 +106,33 @@ def refuse_device(device: torch.device) -> None:
         )
 
 
-def convert(model: MultimodalLM) -> int:
-    """Every frozen `Linear` of the LLM but its head, in place; their number. Below an adapter too."""
+def convert(model: MultimodalLM, which: Which = everything) -> int:
+    """Frozen `Linear`s of the LLM, but its head, in place; the number of those that compute otherwise now. Below an
+    adapter too."""
     if next(model.llm.parameters()).is_cuda:
         import mllm.train.kernels.rows_to_fp8  # noqa: F401  # makes torch.ops.mllm.rows_to_fp8
 
-    for module in (found := chosen(model)):
+    found = {module: parts for module, parts in products(model, which).items() if any(parts)}
+    for module, (forwards, backwards) in found.items():
         module.__class__ = FrozenFp8Linear
         weight = module.weight.detach()
         # not as buffers, which wrappers would send around and state dicts would hold
-        module.forwards, module.backwards = quantise(weight), quantise(weight.t().contiguous())  # type: ignore[assignment]
+        module.forwards = quantise(weight) if forwards else None  # type: ignore[assignment]
+        module.backwards = quantise(weight.t().contiguous()) if backwards else None  # type: ignore[assignment]
     return len(found)
+
+
+def products(model: MultimodalLM, which: Which) -> dict[nn.Linear, tuple[bool, bool]]:
+    """For each layer that could be converted what `which` says of it."""
+    block_of = {layer: number for number, block in enumerate(llm_blocks(model.llm)) for layer in block.modules()}
+    names = {module: name for name, module in model.llm.named_modules()}
+    return {layer: which(names[layer], block_of.get(layer, 0)) for layer in chosen(model)}
+
+
+def share(model: MultimodalLM, which: Which) -> float:
+    """Of the operations of the LLM's frozen layers, forward and backward, those with 8-bit floats."""
+    eight = sum(layer.weight.numel() * sum(parts) for layer, parts in products(model, which).items())
+    return eight / max(1, 2 * sum(layer.weight.numel() for layer in frozen(model)))
 
 
 def restore(model: MultimodalLM) -> None:
@@ -118,10 +144,15 @@ def restore(model: MultimodalLM) -> None:
 
 
 def chosen(model: MultimodalLM) -> list[nn.Linear]:
-    """The layers that are converted."""
+    """The layers that can be converted."""
+    return [layer for layer in frozen(model) if fits(layer.weight)]
+
+
+def frozen(model: MultimodalLM) -> list[nn.Linear]:
+    """Every frozen `Linear` of the LLM but its head."""
     head = model.llm.get_output_embeddings()
-    linear_layers = [module for module in model.llm.modules() if type(module) is nn.Linear and module is not head]
-    return [module for module in linear_layers if not module.weight.requires_grad and fits(module.weight)]
+    found = [m for m in model.llm.modules() if type(m) in (nn.Linear, FrozenFp8Linear) and m is not head]
+    return [module for module in found if not module.weight.requires_grad]
 
 
 def bytes_of_copies(model: MultimodalLM) -> int:
@@ -134,12 +165,12 @@ def fits(weight: Tensor) -> bool:
 
 
 class FrozenFp8Linear(nn.Linear):
-    """A `Linear` with its weight [N, K], and both 8-bit forms of it."""
+    """A `Linear` with its weight [N, K], and one or both 8-bit forms of it."""
 
-    forwards: tuple[Tensor, Tensor]
-    """[N, K] e4m3, [N, 1]: a scale for each output."""
-    backwards: tuple[Tensor, Tensor]
-    """[K, N] e4m3, [K, 1]: the transpose, a scale for each input."""
+    forwards: tuple[Tensor, Tensor] | None
+    """[N, K] e4m3, [N, 1]: a scale for each output. None: the product is of the weight as it is."""
+    backwards: tuple[Tensor, Tensor] | None
+    """[K, N] e4m3, [K, 1]: the transpose, a scale for each input. None: so is the gradient."""
 
     def forward(self, states: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
@@ -147,7 +178,8 @@ class FrozenFp8Linear(nn.Linear):
             return linear(states, self.weight, self.bias)
         kind = states.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
-        out = FrozenProduct.apply(states.to(dtype), *self.forwards, *self.backwards)
+        forwards, backwards = self.forwards or (self.weight, None), self.backwards or (self.weight.t(), None)
+        out = FrozenProduct.apply(states.to(dtype), *forwards, *backwards)
         return out if self.bias is None else out + self.bias.to(dtype)
 
 
@@ -156,7 +188,12 @@ class FrozenProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, states: Tensor, weight: Tensor, scale: Tensor, transposed: Tensor, scale_of_transposed: Tensor
+        ctx: Any,
+        states: Tensor,
+        weight: Tensor,
+        scale: Tensor | None,
+        transposed: Tensor,
+        scale_of_transposed: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(transposed, scale_of_transposed)
         return product(states, weight, scale)
@@ -166,8 +203,11 @@ class FrozenProduct(torch.autograd.Function):
         return product(gradients[0], *ctx.saved_tensors), None, None, None, None
 
 
-def product(states: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """[..., K] with e4m3 [N, K] and its scales [N, 1] -> [..., N], in the type of the states."""
+def product(states: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+    """[..., K] with e4m3 [N, K] and its scales [N, 1] -> [..., N], in the type of the states. Without scales the
+    weight is as it is, and the product too."""
+    if scale is None:
+        return linear(states, weight.to(states.dtype))
     rows, row_scale = quantise(states.reshape(-1, states.shape[-1]))  # [M, K], [M, 1]
     if states.is_cuda:
         out = torch._scaled_mm(
