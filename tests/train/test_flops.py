@@ -19,6 +19,7 @@ from mllm.train.forecasting.flops import Cost, Work, cost_of, executed, linear_f
 from mllm.train.forecasting.peaks import known_peak, peak_flops
 from mllm.train.losses import NextToken, model_inputs
 from mllm.train.trainable import LearningRates, Lora, choose_trainable
+from mllm.train.tuning.checkpointing import switch_on
 from mllm.types import Batch
 
 ALIGN, BOTH = LearningRates(connector=1e-3), LearningRates(connector=1e-3, llm=1e-3)
@@ -65,6 +66,18 @@ def test_cost_from_shapes_is_what_the_counter_sees_within_a_hundredth(case: str)
     model = chosen(rates, lora, **options)
     batch = batch_of([1, 3, 2, 1], visual_tokens=1 if "shuffle" in case else 4)
     assert cost_of(model).flops(executed(batch)) == pytest.approx(seen(model, batch), rel=0.01)
+
+
+@pytest.mark.parametrize("case", ["align", "align, qformer", "lora", "all three"])
+def test_what_checkpointing_computes_twice_counts_once(case: str) -> None:
+    rates, lora, options = CASES[case]
+    model = chosen(rates, lora, **options)
+    plain = cost_of(model)
+    switch_on(model, ["llm", "connector", "vision_encoder"])
+    assert cost_of(model.train()) == plain
+    switched = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    assert switched
+    assert model.connector.checkpointed
 
 
 def test_frozen_weights_cost_four_operations_a_token_and_trained_ones_six() -> None:

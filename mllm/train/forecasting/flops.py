@@ -20,6 +20,7 @@ from torch import nn
 
 from mllm.models.multimodal import MultimodalLM
 from mllm.train.losses import num_supervised
+from mllm.train.tuning.checkpointing import switched_off
 from mllm.types import Batch
 
 
@@ -138,7 +139,8 @@ def counted(module: nn.Module, inputs: torch.Tensor) -> float:
     from torch.utils.flop_counter import FlopCounterMode
 
     shapes = {name: without_data(tensor) for name, tensor in (*module.named_parameters(), *module.named_buffers())}
-    with torch.device("meta"), torch.enable_grad(), FlopCounterMode(display=False) as counter:
+    plain, meta = switched_off(module), torch.device("meta")  # what is computed twice is needed once
+    with plain, meta, torch.enable_grad(), FlopCounterMode(display=False) as counter:
         out = torch.func.functional_call(module, shapes, (inputs,))
         if out.requires_grad:
             out.backward(torch.empty_like(out))

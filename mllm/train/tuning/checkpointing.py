@@ -7,8 +7,10 @@ trained below it, so that there it saves nothing.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 from torch import nn
@@ -56,7 +58,28 @@ def recompute_whole(connector: nn.Module) -> None:
     """A connector is small: it is one piece."""
     if not hasattr(connector, "checkpointed"):
         connector.checkpointed = True  # type: ignore[assignment]
-        connector.forward = partial(checkpoint, connector.forward, use_reentrant=False)  # type: ignore[method-assign]
+        connector.forward = partial(whole, connector, connector.forward)  # type: ignore[method-assign]
+
+
+def whole(connector: nn.Module, forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
+    """`forward`, computed again in the backward pass while the connector is switched so."""
+    if not connector.checkpointed:
+        return forward(*inputs, **named)
+    return checkpoint(forward, *inputs, **named, use_reentrant=False)
+
+
+@contextmanager
+def switched_off(module: nn.Module) -> Iterator[None]:
+    """Nothing below is computed twice, while the context lasts."""
+    names = ("checkpointed", "gradient_checkpointing")
+    before = [(part, name) for part in module.modules() for name in names if getattr(part, name, False)]
+    for part, name in before:
+        setattr(part, name, False)
+    try:
+        yield
+    finally:
+        for part, name in before:
+            setattr(part, name, True)
 
 
 def advice(model: MultimodalLM, choice: Checkpointing) -> list[str]:
