@@ -4,6 +4,7 @@
     python recipes/benchmark.py train --json OUT.json
     python recipes/benchmark.py chat --json OUT.json
     python recipes/benchmark.py peers --json OUT.json
+    python recipes/benchmark.py gpu --out DIR --minutes 9
 
 Enters: nothing; the data is drawn. Leaves: a table on the screen and, in `--json`, the numbers with the machine.
 """
@@ -17,6 +18,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # libraries read it as they are 
 import json
 import subprocess
 import sys
+import time
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,9 +29,13 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.report import fill_table, machine, rate_table
+from benchmarks.resuming import earlier, fingerprint, with_figures
 from mllm.quiet import quiet_libraries
 
-CHAT_MINUTES = 2.0
+CHAT_MINUTES, TINY_CHAT_MINUTES = 1.5, 0.3
+"""Of `gpu`: on a GPU, and in a rehearsal."""
+START_MINUTES = 0.3
+"""Until both processes have imported what they need."""
 GOES_ON = "MLLM_BENCHMARK_GOES_ON"
 """Set for a process that takes over: the file with what is known."""
 
@@ -68,6 +74,9 @@ def train(
     quick: bool = False,
     only: Annotated[list[str] | None, tyro.conf.arg(metavar="NAME")] = None,
     pairs: int = 25,
+    known: Path | None = None,
+    resume: bool = False,
+    tiny: bool = False,
 ) -> None:
     """A step of training beside the naive padded way: real tokens a second, MFU, memory, room by room.
 
@@ -80,10 +89,18 @@ def train(
         quick: Few steps of each: a first look.
         only: On a GPU, the configurations to measure, by name or its beginning; all where none is named.
         pairs: On a CPU, steps of each way, in turn with the others.
+        known: Results of an earlier run: on a GPU, configurations that have no figure there are measured first.
+        resume: Keep the figures that the `--json` file holds, if they are of this machine and this code, and measure
+            what is missing.
+        tiny: Without a GPU, go through the configurations of a GPU all the same, at tiny sizes: a rehearsal.
     """
     for name, value in {"minutes": minutes, "pairs": pairs}.items():
         if value <= 0:
             sys.exit(f"--{name} is {value}: give a positive number")
+    if known and not known.is_file():
+        sys.exit(f"--known {known}: there is no such file")
+    if resume and not json_path:
+        sys.exit("--resume goes on with the file of --json: name it")
     quiet_libraries()
     import torch
 
@@ -91,13 +108,15 @@ def train(
 
     has_gpu = torch.cuda.is_available()
     with Console(stderr=True).status("starting") as status:
-        if has_gpu:
+        if has_gpu or tiny:
             from benchmarks import training
 
+            device = torch.device("cuda" if has_gpu else "cpu")
             try:
-                rows = training.chosen(only)
+                rows = training.chosen(only, earlier_rows(known))
+                before = go_on(json_path) or (resumed(json_path, minutes) if resume else None)
                 keep = partial(write, json_path)
-                found = training.measure(rows, minutes, quick, keep, status.update, known=go_on(json_path))
+                found = training.measure(rows, minutes, quick, keep, status.update, device, before)
             except ValueError as error:
                 sys.exit(str(error))
             except training.DeviceLost as error:
@@ -110,7 +129,7 @@ def train(
                 "ratios": ratios.measure(min(pairs, 5) if quick else pairs, status.update),
             }
     found["machine"] = machine()
-    tables = [report.rate_table, report.room_table] if has_gpu else [report.count_table, report.ratio_table]
+    tables = [report.rate_table, report.room_table] if "rows" in found else [report.count_table, report.ratio_table]
     finish(Console(width=None if sys.stdout.isatty() else 160), [table(found) for table in tables], found, json_path)
     if has_gpu:  # workers that were killed take long to end, and would be waited for
         sys.stdout.flush()
@@ -122,6 +141,7 @@ def chat(
     tokens: int = 128,
     repeats: int = 5,
     only: Annotated[list[str] | None, tyro.conf.arg(metavar="LLM")] = None,
+    resume: bool = False,
 ) -> None:
     """Two turns about a picture: tokens a second, time to the first token, what the second turn need not compute.
 
@@ -132,6 +152,7 @@ def chat(
         tokens: Of a first answer.
         repeats: How often each way is timed.
         only: LLMs to measure; all where none is named.
+        resume: Measure nothing where the `--json` file has all figures, of this machine and this code.
     """
     if tokens < 5 or repeats < 1:
         sys.exit(f"--tokens is {tokens}, --repeats {repeats}: give at least 5 and 1")
@@ -141,11 +162,13 @@ def chat(
 
     try:
         sizes = chatting.sizes(only)
+        found = earlier(json_path, machine()) if resume and json_path else None
     except ValueError as error:
         sys.exit(str(error))
     console = Console(width=None if sys.stdout.isatty() else 160)
-    with Console(stderr=True).status("starting") as status:
-        found = chatting.measure(sizes, tokens, repeats, partial(write, json_path), status.update)
+    if found is None or not chatting.is_complete(found, sizes):
+        with Console(stderr=True).status("starting") as status:
+            found = chatting.measure(sizes, tokens, repeats, partial(write, json_path), status.update)
     finish(console, [chat_table(found)], found, json_path)
 
 
@@ -173,22 +196,60 @@ def peers(json_path: Annotated[Path | None, tyro.conf.arg(name="json")] = None, 
         sys.exit(wrong)
 
 
-def gpu(out: Path, minutes: float = 9.5) -> None:
-    """`train` and `chat` one after the other on a GPU: the whole table in ten minutes.
+def gpu(out: Path, minutes: float = 9.0, known: Path | None = None) -> None:
+    """`train` and `chat` one after the other on a GPU: the whole table in one command of at most ten minutes.
+
+    A folder that holds figures of this machine and this code already is gone on with. Without a GPU it is a rehearsal
+    at tiny sizes, whose figures say nothing.
 
     Args:
-        out: Folder that gets train.json and chat.json.
-        minutes: For both; chat takes about two of them.
+        out: Folder that gets train.json, chat.json and their tables in tables.md.
+        minutes: For both, with what their processes take to start; chat takes about one and a half of them.
+        known: Results of an earlier run: configurations that have no figure there are measured first.
     """
-    if minutes <= CHAT_MINUTES:
-        sys.exit(f"--minutes is {minutes}: chat alone takes about {CHAT_MINUTES}")
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    beside = START_MINUTES + (CHAT_MINUTES if has_gpu else TINY_CHAT_MINUTES)
+    if minutes <= beside:
+        sys.exit(f"--minutes is {minutes}: chat, and starting, take about {beside:.1f} of them")
     own = [sys.executable, __file__]
-    trained = [*own, "train", "--minutes", f"{minutes - CHAT_MINUTES:g}", "--json", str(out / "train.json")]
+    train_json, chat_json = out / "train.json", out / "chat.json"
+    trained = [*own, "train", "--minutes", f"{minutes - beside:g}", "--json", str(train_json), "--resume"]
+    trained += ["--known", str(known)] if known else []
+    chatted = [*own, "chat", "--json", str(chat_json), "--resume", "--repeats", "3" if has_gpu else "1"]
+    if not has_gpu:
+        trained, chatted = [*trained, "--tiny"], [*chatted, "--tokens", "8"]
     # a process each: what the first leaves on the device goes with it
-    codes = [
-        subprocess.run(command).returncode for command in (trained, [*own, "chat", "--json", str(out / "chat.json")])
-    ]
+    codes = [subprocess.run(command).returncode for command in (trained, chatted)]
+    write_tables(out / "tables.md", [path for path in (train_json, chat_json) if path.is_file()])
     sys.exit(max(codes))
+
+
+def write_tables(path: Path, results: list[Path]) -> None:
+    """As they stand in BENCHMARKS.md."""
+    from benchmarks.page import tables
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(tables(json.loads(result.read_text())) for result in results))
+
+
+def earlier_rows(known: Path | None) -> dict[str, Any]:
+    """Of results that were written before."""
+    return json.loads(known.read_text())["rows"] if known else {}  # type: ignore[no-any-return]
+
+
+def resumed(json_path: Path | None, minutes: float) -> dict[str, Any] | None:
+    """What an earlier call has left, and the clock at zero.
+
+    Raises:
+        ValueError: it was measured elsewhere, or with other code.
+    """
+    found = earlier(json_path, machine()) if json_path else None
+    if found is None:
+        return None
+    now = {"began": time.time(), "minutes": minutes, "calls": found.get("calls", 1) + 1}
+    return {**found, **now, "rows": with_figures(found["rows"])}
 
 
 def begin_anew(json_path: Path | None, error: Exception) -> NoReturn:
@@ -209,7 +270,8 @@ def write(json_path: Path | None, found: dict[str, Any]) -> None:
     """What is known so far, with the machine."""
     if json_path:
         json_path.parent.mkdir(parents=True, exist_ok=True)
-        json_path.write_text(json.dumps({**found, "machine": machine()}, indent=2) + "\n")
+        told = {**found, "code": fingerprint(), "machine": machine()}
+        json_path.write_text(json.dumps(told, indent=2) + "\n")
 
 
 def finish(console: Console, tables: list[Table], found: dict[str, Any], json_path: Path | None) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import runpy
-import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -20,7 +19,7 @@ from torch import nn
 RECIPES = Path(__file__).parents[1] / "recipes"
 sys.path.append(str(RECIPES))
 
-from benchmarks import carried, counted, naive, product, ratios, training  # noqa: E402
+from benchmarks import carried, counted, naive, planning, product, ratios, training  # noqa: E402
 from benchmarks.configurations import configurations, default, stage_1, stage_2  # noqa: E402
 from benchmarks.drawn_training import Drawing, draw  # noqa: E402
 from benchmarks.page import PAGE, README, filled, markdown, put, quoted, read_results, tables  # noqa: E402
@@ -149,7 +148,7 @@ def test_what_fails_says_so_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch
 
     told: list[int] = []
     monkeypatch.setattr(training, "draw_model", draw_some)
-    monkeypatch.setattr(training, "Budget", lambda **_: Budget(warm_up=1, steps=2, rooms=1))
+    monkeypatch.setattr(planning, "budget_of", lambda *_: Budget(warm_up=1, steps=2, rooms=1))
     monkeypatch.setattr(training, "TINY_TOKENS", 128)
     rows = training.chosen(["B4 1.5B", "U 1.5B"])
     found = training.measure(rows, 1.0, False, lambda found: told.append(len(found["rows"])), lambda words: None, CPU)
@@ -188,7 +187,9 @@ def test_a_name_that_nothing_begins_with_is_refused() -> None:
         training.chosen(["B9"])
 
 
-def test_the_naive_way_gets_half_the_batch_where_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padded_batches_and_adapted_steps_are_halved_where_memory_runs_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     tried: list[int] = []
 
     def one(*arguments: Any) -> dict[str, Any]:
@@ -198,10 +199,10 @@ def test_the_naive_way_gets_half_the_batch_where_memory_runs_out(monkeypatch: py
         return {"batch": arguments[-1]}
 
     monkeypatch.setattr(training, "one", one)
-    rows = [stage_2("7B")[1], default("7B")]
-    answers = [training.attempt(row, Budget(), CPU, lambda words: None) for row in rows]
-    assert tried == [16, 8, 4, 16]
-    assert answers == [{"batch": 4}, {"error": "out of memory"}]
+    adapted, padded, _ = stage_2("7B")
+    answers = [training.attempt(row, Budget(), CPU, lambda words: None) for row in (padded, default("7B"), adapted)]
+    assert tried == [16, 8, 4, *[16], *[16, 8, 4]]
+    assert answers == [{"batch": 4}, {"error": "out of memory"}, {"batch": 4}]
 
 
 def test_the_rooms_of_a_step_make_up_the_step() -> None:
@@ -260,23 +261,6 @@ def test_all_ways_take_turns_with_fit(monkeypatch: pytest.MonkeyPatch) -> None:
         ("ours", "bare", "all logits", "padded"), 1
     )
     assert all(each[0] > 0 for each in seconds.values())
-
-
-def test_one_command_measures_training_and_chat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    called: list[list[str]] = []
-
-    def run(command: list[str]) -> Any:
-        called.append(command[2:])
-        return subprocess.CompletedProcess(command, returncode=len(called) - 1)
-
-    monkeypatch.setattr(subprocess, "run", run)
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", "gpu", "--out", str(tmp_path), "--minutes", "9"])
-    with pytest.raises(SystemExit, match="1"):
-        runpy.run_path(str(RECIPES / "benchmark.py"), run_name="__main__")
-    assert called == [
-        ["train", "--minutes", "7", "--json", str(tmp_path / "train.json")],
-        ["chat", "--json", str(tmp_path / "chat.json")],
-    ]
 
 
 def test_on_a_cpu_ratios_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,7 +53,8 @@ def drawing_of(kind: str, encoder: str, llm: str) -> Drawing:
     """The samples of a row."""
     shape = ENCODERS[encoder][1]
     patches = (shape["image_size"] // shape["patch_size"]) ** 2
-    return Drawing(kind, patches, shape["image_size"], LLMS[llm]["vocab_size"])
+    shrink = 16 if encoder == "tiny" else 1
+    return Drawing(kind, patches, shape["image_size"], LLMS[llm]["vocab_size"], shrink=shrink)
 
 
 def add(row: dict[str, Any]) -> dict[str, Any]:

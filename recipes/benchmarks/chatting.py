@@ -82,6 +82,16 @@ def measure(sizes: dict[str, str], tokens: int, repeats: int, keep: Callable, ti
     return found
 
 
+def is_complete(found: dict[str, Any], sizes: dict[str, str]) -> bool:
+    """Has every way of every size its figures?"""
+    ways = WAYS if found["device"] == "cuda" else SLOW
+    return all(
+        "second_turn_vs_anew" in found.get(llm, {})
+        and all("tokens_per_s" in found[llm]["ways"].get(way, {}) for way in ways)
+        for llm in sizes
+    )
+
+
 def make(llm: str, encoder: str, device: torch.device, dtype: torch.dtype) -> tuple[MultimodalLM, Processor]:
     processor = make_processor(encoder)
     return draw_model(llm, encoder, device, dtype, image_token_id=processor.image_token_id).eval(), processor

@@ -28,6 +28,8 @@ class Configuration:
     """The mix of samples."""
     lora: bool = False
     """The second stage: LoRA of rank 16 on all linear layers of the LLM; else the connector alone trains."""
+    fast_lora: bool = True
+    """Adapters by the short way of `mllm/train/tuning/fast_lora.py`; else as peft computes them."""
     attention: Attention = "sdpa"
     checkpointing: bool = False
     full_logits: bool = False
@@ -43,7 +45,9 @@ class Configuration:
     def accumulation(self) -> int:
         """Micro-batches of a step, as large runs have several: the encoder takes the images of a step together. Fewer
         where a step would take many seconds."""
-        return 1 if self.way == "naive" else {"tiny": 1, "small": 1, "3B": 4, "7B": 4}.get(self.llm, 8)
+        if self.way == "naive" or self.llm in ("tiny", "small"):
+            return 1
+        return 4 if self.llm in ("3B", "7B") or self.lora or not self.compiled else 8
 
     @property
     def weight(self) -> float:
@@ -97,7 +101,7 @@ def stage_1(llm: str) -> list[Configuration]:
 
 
 def stage_2(llm: str) -> list[Configuration]:
-    """LoRA on conversations, both ways."""
+    """LoRA on conversations, both ways, and ours with adapters as peft computes them."""
     naive = Configuration(
         f"S2 naive {llm}",
         "LoRA, naive: padded, checkpointing, all logits",
@@ -108,7 +112,9 @@ def stage_2(llm: str) -> list[Configuration]:
         checkpointing=True,
     )
     ours = replace(default(llm), name=f"S2 {llm}", kind="instruct", lora=True, beside=naive.name)
-    return [replace(ours, words="LoRA, packed, supervised rows, compiled"), naive]
+    ours = replace(ours, words="LoRA, packed, supervised rows, compiled")
+    peft = replace(ours, name=f"S2 peft {llm}", words="S2, adapters by peft", fast_lora=False, beside=ours.name)
+    return [ours, naive, peft]
 
 
 def attention(row: Configuration) -> str:

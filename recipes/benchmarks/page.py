@@ -100,11 +100,13 @@ def origin(found: dict[str, Any]) -> str:
     libraries = ", ".join(f"{name} {machine[name]}" for name in LIBRARIES if machine.get(name))
     ceiling = (
         f" A product of two random matrices of 8192 x 8192: {found['ceiling'] / 1e12:.0f} TFLOP/s."
-        if "ceiling" in found
+        if "ceiling" in found and not found.get("rehearsal")
         else ""
     )
+    ceiling += " A rehearsal at tiny sizes: its figures say nothing." if found.get("rehearsal") else ""
     late = f" No time was left for {', '.join(unmeasured(found))}." if "rows" in found and unmeasured(found) else ""
-    return f"{where}; {libraries}; {machine['date']}: `{machine['command']}`.{ceiling}{late}\n"
+    calls = f" In {found['calls']} calls, of which this was the last." if found.get("calls", 1) > 1 else ""
+    return f"{where}; {libraries}; {machine['date']}: `{machine['command']}`.{ceiling}{calls}{late}\n"
 
 
 def read_results(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:

@@ -13,6 +13,7 @@ import contextlib
 import inspect
 import tempfile
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -141,6 +142,11 @@ def loop(
             fit(accelerator, model, processor, index, plan, data, train)  # type: ignore[arg-type]
     finally:
         accelerator.free_memory()
+
+
+def adapters_by_peft() -> AbstractContextManager[Any]:
+    """LoRA without the short way in half precision."""
+    return mock.patch("mllm.train.loop.fast_lora.switch_on", return_value=0)
 
 
 @dataclass

@@ -71,6 +71,8 @@ class Stopwatch:
     """Graphs that torch.compile made after the warm-up."""
     warmed_up: int = 0
     """Steps in front of the timed ones."""
+    clock: Callable[[], float] = time.perf_counter
+    """On the wall."""
     handles: list[Any] = field(default_factory=list)
     loader: Any = None
     """That of the loop."""
@@ -81,18 +83,18 @@ class Stopwatch:
     """Steps of this phase."""
 
     def __post_init__(self) -> None:
-        self.began = self.lapped = time.perf_counter()
+        self.began = self.lapped = self.clock()
         self.graphs = 0
 
     def lap(self, name: str) -> None:
         """That is what was done since the last one."""
-        now = time.perf_counter()
+        now = self.clock()
         self.laps[name], self.lapped = now - self.lapped, now
 
     def moment(self) -> Any:
         """Now, on the device's own clock."""
         if self.device.type != "cuda":
-            return time.perf_counter()
+            return self.clock()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
@@ -111,10 +113,10 @@ class Stopwatch:
         self.done += 1
         if self.phase == "warm-up" and self.done == 1:
             self.lap("first step")
-            self.began = time.perf_counter()
+            self.began = self.clock()
         if self.phase == "steps":
             self.ends.append(self.moment())
-        late = time.perf_counter() - self.began > self.budget.seconds
+        late = self.clock() - self.began > self.budget.seconds
         if self.phase == "warm-up" and (self.done >= self.budget.warm_up or (late and self.done >= 2)):
             self.wait()
             self.warmed_up, self.graphs = self.done, graphs()

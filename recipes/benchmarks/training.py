@@ -21,9 +21,9 @@ import torch
 from benchmarks import carried, naive, product
 from benchmarks.configurations import Configuration, attention, configurations
 from benchmarks.drawn_training import DrawnIndex, draw
+from benchmarks.planning import NO_TIME, Rows, Schedule, arranged, paid
 from benchmarks.sizes import draw_model
 from benchmarks.stopwatch import Budget, Stopwatch
-from benchmarks.training_report import NO_TIME
 from mllm.models.multimodal import MultimodalLM
 from mllm.train.forecasting.flops import Cost, Work, cost_of
 from mllm.train.forecasting.peaks import peak_flops
@@ -32,10 +32,6 @@ from mllm.train.trainable import choose_trainable
 TOKENS = 16_384
 """Of a micro-batch."""
 TINY_TOKENS = 512
-LEAST_SECONDS = 15
-"""That a configuration needs."""
-SHARE = 0.7
-"""Of the time that is left for a configuration, what its steps may take: it must be built and cleared away too."""
 GEMM = 8192
 """Side of the matrices by which the ceiling is measured."""
 Say = Callable[[str], None]
@@ -53,6 +49,7 @@ def measure(
     say: Say,
     device: torch.device | None = None,
     known: dict[str, Any] | None = None,
+    clock: Callable[[], float] = time.time,
 ) -> dict[str, Any]:
     """All rows but those `known` from an earlier process; `write` is handed what is known after each. A CPU gets tiny
     ones.
@@ -64,19 +61,15 @@ def measure(
     if device.type == "cpu":
         rows = [tiny(row) for row in rows]
     say("the ceiling of matrix products")
-    found = known or {"began": time.time(), "minutes": minutes, "quick": quick, **limits(device), "rows": {}}
+    found = known or {"began": clock(), "minutes": minutes, "quick": quick, **limits(device), "rows": {}}
+    found["rehearsal"] = device.type == "cpu"
     rows = [row for row in rows if row.name not in found["rows"]]
-    for place, row in enumerate(rows):
-        start = time.time()
-        left = minutes * 60 - (start - found["began"])
-        if left < LEAST_SECONDS:
-            numbers: dict[str, Any] = {"error": f"{NO_TIME} of --minutes {minutes:g}"}
-        else:
-            share = row.weight / sum(other.weight for other in rows[place:])
-            budget = Budget(seconds=SHARE * left * share)
-            budget = replace(budget, warm_up=4, steps=12, rooms=2) if quick else budget
-            numbers = attempt(row, budget.over(row.accumulation), device, say)
-        found["rows"][row.name] = {**asdict(row), **numbers, "wall_seconds": time.time() - start}
+    schedule = Schedule(rows, paid(), quick)
+    for row in rows:
+        start = clock()
+        budget = schedule.next(row, minutes * 60 - (start - found["began"]))
+        numbers = attempt(row, budget, device, say) if budget else {"error": f"{NO_TIME} of --minutes {minutes:g}"}
+        found["rows"][row.name] = {**asdict(row), **numbers, "wall_seconds": clock() - start}
         write(found)
         with contextlib.suppress(RuntimeError):  # of a device that is lost
             forget(device)
@@ -98,13 +91,13 @@ def works(device: torch.device) -> bool:
         return False
 
 
-def chosen(only: Sequence[str] | None) -> list[Configuration]:
-    """Those whose names begin so; all where none is named.
+def chosen(only: Sequence[str] | None, figures: Rows | None = None) -> list[Configuration]:
+    """Those whose names begin so, all where none is named; those first that have no figure among these.
 
     Raises:
         ValueError: there is none.
     """
-    known = configurations()
+    known = arranged(configurations(), figures or {})
     rows = [row for row in known if only is None or row.name.startswith(tuple(only))]
     if not rows:
         raise ValueError(f"no configuration begins with {only}: there are {', '.join(row.name for row in known)}")
@@ -118,7 +111,8 @@ def tiny(row: Configuration) -> Configuration:
 
 def attempt(row: Configuration, budget: Budget, device: torch.device, say: Say) -> dict[str, Any]:
     """The numbers of one configuration, or why there are none. The naive way is given half the batch where memory
-    runs out."""
+    runs out, and a micro-batch with adapters half its tokens, twice at most."""
+    least = 1 if row.way == "naive" else naive.BATCH // 4 if row.lora else naive.BATCH
     batch = naive.BATCH
     while True:
         try:
@@ -128,7 +122,7 @@ def attempt(row: Configuration, budget: Budget, device: torch.device, say: Say) 
         except Exception as error:  # whatever it is, the other rows are worth having
             why = f"{type(error).__name__}: {error}"
             why = "out of memory" if "out of memory" in why else why[:300]
-        if why != "out of memory" or row.way != "naive" or batch == 1:
+        if why != "out of memory" or batch <= least:
             return {"error": why}
         batch //= 2
         forget(device)
@@ -195,14 +189,16 @@ def product_run(
     batch: int,
 ) -> tuple[dict[str, Any], Callable[[int, int], list[Any]]]:
     """Its shape, and the samples of its steps."""
-    length, number = product.layout(index.length, TOKENS if device.type == "cuda" else TINY_TOKENS)
+    part = batch / naive.BATCH
+    length, number = product.layout(index.length, int(part * (TOKENS if device.type == "cuda" else TINY_TOKENS)))
     with product.scratch() as folder:
         train = product.settings(row, folder, number, bf16=device.type == "cuda")
         data = product.data_settings(length, workers(device))
         plan = product.plan_of(index, data, train)
-        shape = {"seq_length": length, "rows": number, "accumulation": row.accumulation, "fill": plan.fill()}
+        shape = {"seq_length": length, "rows": number, "part": part, "accumulation": row.accumulation}
+        shape |= {"fill": plan.fill()}
         objective = product.AllLogits if row.full_logits else product.NextToken
-        with watch.running():
+        with watch.running(), contextlib.nullcontext() if row.fast_lora else product.adapters_by_peft():
             if row.way == "bare":
                 held = product.held(model, index, processor, plan, data, train, device)
                 watch.look_at(own := objective(model))

@@ -12,11 +12,11 @@ from typing import Any
 from rich.table import Table
 
 from benchmarks.counted import ASKED
+from benchmarks.naive import BATCH
+from benchmarks.planning import NO_TIME
 from benchmarks.stopwatch import ROOMS
 
 GIB = 2**30
-NO_TIME = "no time left"
-"""So begins the error of a configuration that was not begun."""
 HEADS = ("", "", "tokens/s", "p10 - p90", "on the mix", "MFU", "of ceiling", "peak GiB", "fill", "beside", "floor")
 FLOORS = {"B4 0.5B": 110_000, "B4 1.5B": 55_000, "B4 3B": 31_000, "B4 7B": 16_500, "S2 7B": 14_500, "S2 1.5B": 42_000}
 """Real tokens a second that an H200 shall reach."""
@@ -39,7 +39,7 @@ def line(name: str, row: dict[str, Any], found: dict[str, Any]) -> Cells:
         return [name, row["words"], row["error"].splitlines()[0][:60], *[""] * (len(HEADS) - 3)]
     return [
         name,
-        row["words"] + (f", batch {row['batch']}" if row.get("batch", 16) != 16 else ""),
+        row["words"] + smaller(row),
         f"{row['tokens_per_second']:,.0f}",
         f"{row['tokens_per_second_p10']:,.0f} - {row['tokens_per_second_p90']:,.0f}",
         f"{row['tokens_per_second_mix']:,.0f}",
@@ -50,6 +50,13 @@ def line(name: str, row: dict[str, Any], found: dict[str, Any]) -> Cells:
         beside(row, found),
         floor(name, row, found),
     ]
+
+
+def smaller(row: dict[str, Any]) -> str:
+    """What memory did not suffice for at full size."""
+    if row.get("batch", BATCH) < BATCH:
+        return f", batch {row['batch']}"
+    return ", micro-batches of 1/{:g}".format(1 / row["part"]) if row.get("part", 1) < 1 else ""
 
 
 def beside(row: dict[str, Any], found: dict[str, Any]) -> str:
