@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from conftest import make_processor, write_llava
 from engines import config_that_shards_all, start
 from mllm.config import RunConfig, dump_config
+from mllm.data.loader import DataConfig
 from mllm.models.build import ModelConfig, build_model
 from mllm.models.multimodal import MultimodalLM
 from mllm.reload import check_reload, compare, probe
@@ -24,7 +25,9 @@ from mllm.train.audit import fingerprint, held
 from mllm.train.settings import TrainConfig
 from mllm.train.stage_folder import save_stage
 from mllm.train.trainable import LearningRates, choose_trainable
+from mllm.train.tuning import compiling
 from mllm.train.tuning.adapters import Lora
+from models.test_image_newline import anyres_processor
 from runs import LORA, on_two_ranks, run, settings
 
 ALL = {"learning_rate": LearningRates(connector=1e-2, llm=1e-3, vision_encoder=1e-3)}
@@ -90,6 +93,36 @@ def test_half_precision_reads_back_to_the_last_bit(hub: Path, tmp_path: Path) ->
     frozen, _ = stage(hub, write_llava(tmp_path), quick(tmp_path / "lora", **LORA), dtype="bfloat16")
     assert (frozen["ok"], frozen["reload"]["difference"], frozen["reload"]["dtype"]) == (True, 0.0, "bfloat16")
     assert frozen["reload"]["merged_difference"] < 1e-5
+
+
+@pytest.mark.parametrize(
+    "what", [{"feature_cache": 1}, {"encoder_batch": 3}, {"compile": True}], ids=["cache", "groups", "compiled"]
+)
+def test_stage_of_tiles_is_asked_without_what_training_alone_sets_and_reads_back_to_the_last_bit(
+    hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: Any
+) -> None:
+    """Groups of images, and compiled blocks, add in another order. The picture asked about is 5 tiles: no group's size
+    before."""
+    called: list[int] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        return lambda *inputs: called.append(1) or graph(*inputs)  # type: ignore[func-returns-value]
+
+    monkeypatch.setattr(compiling, "BACKEND", backend)
+    processor, train = anyres_processor(), quick(tmp_path / "out", **LORA, **what)
+    parts = ModelConfig(str(hub / "encoder"), str(hub / "llm"))
+    torch.manual_seed(1)
+    model = build_model(parts, processor.image_token_id, layout=processor.layout)
+    choose_trainable(model, train.learning_rate, train.lora)
+    accelerator = Accelerator(cpu=True)
+    run(write_llava(tmp_path), train, model, accelerator=accelerator, processor=processor)
+    config = RunConfig(train=train, model=parts, data=DataConfig(tiles="anyres"))
+    save_stage(train.output_dir, model, processor, dump_config(config))
+    before, calls = (model.feature_cache, model.encoder_batch, model.fewest_images), len(called)
+    assert bool(calls) == train.compile
+    assert check_reload(accelerator, model, processor, train.output_dir, "quick")["difference"] == 0.0
+    assert len(called) == calls, "compiled blocks were asked, which a stage that is read back has none of"
+    assert before == (model.feature_cache, model.encoder_batch, model.fewest_images)
 
 
 def test_weight_that_never_moves_is_named_in_a_warning(
