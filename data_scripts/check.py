@@ -28,6 +28,7 @@ from mllm.data.curation.doctor.diagnosis import findings_of, first_sample, repor
 from mllm.data.curation.doctor.examination import examine
 from mllm.data.curation.door import run
 from mllm.data.curation.source_options import in_words, source_of
+from mllm.writable import check_file
 
 SHOWN = 3
 """Findings of a class in the table."""
@@ -59,6 +60,8 @@ def main(
         workers: Processes; as many as there are cores by default, 0 for none beside this one.
         json_output: Write the whole report here.
     """
+    if json_output:
+        check_file(json_output, "--json")
     try:
         source = source_of(path, format, image_dir, split, subset, options)
         print(f"{path}: {in_words(source)}\nthe first sample:\n{first_sample(source)}")
@@ -74,6 +77,7 @@ def main(
 
 def write(path: Path | None, told: dict[str, Any]) -> None:
     if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(told, indent=1) + "\n")
 
 

@@ -18,6 +18,7 @@ import tyro
 from mllm.conversation import COMMANDS, Answers, Talk, question, say
 from mllm.quiet import quiet_libraries
 from mllm.types import Video
+from mllm.writable import check_file
 
 NO_MODEL = "no model: train one (`make demo`), or give --model DIR|HUB_ID or set $MLLM_MODEL"
 
@@ -118,12 +119,17 @@ def evaluate(
     """
     if shuffle_images and blank_images:
         raise ValueError("--shuffle-images and --blank-images are two controls: run them one at a time")
+    if batch_size < 1 or max_new_tokens < 1:
+        raise ValueError(f"--batch-size {batch_size} and --max-new-tokens {max_new_tokens}: both are at least 1")
+    if json_output:
+        check_file(json_output, "--json")
     quiet_libraries()
     from mllm.data.formats.llava import read_llava
     from mllm.evaluate import controls, exact
     from mllm.generate import Assistant
 
     samples = read_llava(data, image_dir)
+    controls.check_images(samples)
     if shuffle_images:
         samples = controls.shuffle_images(samples, seed)
     if blank_images:
@@ -232,7 +238,7 @@ def main() -> None:
     }
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="mllm", description=(__doc__ or "").splitlines()[0])
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)

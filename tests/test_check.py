@@ -204,7 +204,7 @@ def test_a_format_that_no_record_has_is_told(tmp_path: Path, check: Callable[...
     ("name", "text", "hint"),
     [
         ("data.jsonl", '{"question": "?", "reply": "red"}\n', "its records have the keys question, reply"),
-        ("data.jsonl", "", "its records have the keys (none)"),
+        ("data.jsonl", "", "holds no records"),
         ("data.csv", "a,a\n1,2\n", "must start with a line of column names, each once"),
         ("notes/0.txt", "hello", "holds no files of records (1 .txt)"),
         ("cut.json", '[{"conversations": [', "is no whole JSON list"),

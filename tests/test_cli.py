@@ -411,6 +411,34 @@ def test_two_controls_at_once_are_refused(mllm, stage: Path, tmp_path: Path) -> 
     assert "one at a time" in code
 
 
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--batch-size", "0"], "--batch-size 0"),
+        (["--max-new-tokens", "0"], "--max-new-tokens 0"),
+        (["--json", "."], "--json . is a folder"),
+        (["--json", "data/data.json/deep/out.json"], "data.json is a file"),
+    ],
+    ids=str,
+)
+def test_what_eval_could_not_do_at_its_end_is_told_before_the_model_is_loaded(
+    mllm, tmp_path: Path, flags: list[str], told: str
+) -> None:
+    data = write_llava(tmp_path / "data", records=1)
+    code, _ = mllm("eval", "no/model", "--data", data.relative_to(tmp_path), *flags)
+    assert code.startswith("error: ")
+    assert told in code
+
+
+def test_eval_names_the_record_whose_image_is_missing_before_the_model_is_loaded(mllm, tmp_path: Path) -> None:
+    data = write_llava(tmp_path / "data", records=3)
+    (tmp_path / "data/images/1.png").unlink()
+    code, _ = mllm("eval", "no/model", "--data", data)
+    assert "row 1: cannot read image" in code
+    assert "no such file" in code
+    assert "--image-dir" in code
+
+
 def test_eval_without_its_file_names_it(mllm, stage: Path) -> None:
     code, _ = mllm("eval", stage, "--data", "nowhere.json")
     assert code.startswith("error: ")

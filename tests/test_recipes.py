@@ -295,6 +295,13 @@ def test_output_folder_that_is_a_file_is_refused(hub: Path, tmp_path: Path, caps
     assert "is a file" in capsys.readouterr().err
 
 
+def test_output_folder_that_may_not_be_written_is_one_line(hub: Path, tmp_path: Path, capsys: Any) -> None:
+    config = write_config(tmp_path, hub, write_llava(tmp_path), "align")
+    (tmp_path / "file").touch()
+    assert in_process("pretrain", "--config", config, "--train.output_dir", tmp_path / "file/align") == 2
+    assert "error: train.output_dir: " in capsys.readouterr().err
+
+
 def test_stage_may_not_overwrite_the_one_it_starts_from(used: Path, capsys: Any) -> None:
     folder = used.parent / "align"
     flags = ["--init_from", folder, "--train.output_dir", folder, "--overwrite"]

@@ -58,7 +58,7 @@ def find(path: Path | str, split: str = "", subset: str = "") -> list[File]:
         text = unquote(text.removeprefix("file://"))
     files = from_url(text, split) if is_url(text) else on_disk(text, split)
     if not files:
-        raise ValueError(f"no data file {path}: give its path with --data.sources.N.path")
+        raise ValueError(f"no data file {path}: there is no file, folder or match of that name")
     return files
 
 

@@ -7,6 +7,7 @@ accuracy on both; one that has learned which answers are frequent keeps it.
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mllm.data.other_pictures import lenders, picture
@@ -34,6 +35,27 @@ def shuffle_images(samples: list[Sample], seed: int) -> list[Sample]:
             )
     images = [[] if number is None else list(samples[number].images) for number in lender]
     return [replace(sample, images=borrowed) for sample, borrowed in zip(samples, images, strict=True)]
+
+
+def check_images(samples: list[Sample]) -> None:
+    """Every image that lies on this machine has a header that can be read: a missing one is told before the model is
+    asked anything, with the record that names it.
+
+    Raises:
+        ValueError: names file, row and image.
+    """
+    from mllm.data.images import image_size
+    from mllm.data.imaging.files import is_local
+
+    sound: set[str] = set()
+    for sample in samples:
+        for image in sample.images:
+            if isinstance(image, str | Path) and is_local(image) and str(image) not in sound:
+                try:
+                    image_size(image)
+                except ValueError as error:
+                    raise ValueError(f"{sample.where}: {error} (--image-dir names the folder of the images)") from error
+                sound.add(str(image))
 
 
 def blank_images(samples: list[Sample]) -> list[Sample]:

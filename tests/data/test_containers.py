@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from mllm.data.containers import json_list, open_container
 from mllm.data.containers import tar as tar_records
 from mllm.data.copies import unpacked
+from mllm.data.formats.auto import AutoSource
 from mllm.data.formats.captions import CaptionsSource
 from mllm.data.formats.fields import FieldsSource
 from writers import CONTAINERS, img2dataset, json_lines, parquet, png, shard
@@ -187,12 +188,30 @@ def test_a_table_without_names_gets_them_from_columns(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "delimiter"),
+    [("openclip.csv", "\t"), ("german.csv", ";"), ("flickr30k.csv", "|"), ("named.tsv", ","), ("plain.csv", ",")],
+)
+def test_a_table_is_read_by_the_delimiter_that_it_has(tmp_path: Path, name: str, delimiter: str) -> None:
+    rows = [["filepath", "title"], ["a.png", "a cat"], ["b.png", "a dog"]]
+    (tmp_path / name).write_text("".join(delimiter.join(row) + "\n" for row in rows))
+    source = AutoSource(path=tmp_path / name)
+    found = list(source.scan(0))
+    assert [sample.messages[1].text for _, sample in found] == ["a cat", "a dog"]
+    assert source.fetch(found[1][0]) == found[1][1]
+
+
+def test_a_comma_in_the_only_column_of_names_is_no_delimiter_of_a_tsv(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text("image\tcaption, in words\na.png\tone, two\n")
+    assert scan(tmp_path / "a.tsv") == [{"image": "a.png", "caption, in words": "one, two"}]
+
+
+@pytest.mark.parametrize(
     ("line", "told"),
     [
         ("a.png,x,y", "3 cells, but there are 2 columns: image, caption"),
         ("a.png", "1 cells, but there are 2 columns"),
         ('a.png,"x" y', "no row of cells .* double those in it"),
-        ("a.png,\xff", "surrogates not allowed"),
+        ("a.png,\xff", "is no text in UTF-8"),
     ],
 )
 def test_a_bad_line_of_a_table_is_one_named_error(tmp_path: Path, line: str, told: str) -> None:

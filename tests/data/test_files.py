@@ -82,9 +82,7 @@ def test_ids_tell_shards_of_one_name_apart(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["none.json", "no/*.json", "empty", "http.json/"])
 def test_nothing_there_is_told_with_the_flag(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(
-        ValueError, match=rf"no data file .*{name.strip('/')[:2]}.*: give its path with --data\.sources"
-    ):
+    with pytest.raises(ValueError, match=rf"no data file .*{name.strip('/')[:2]}.*: there is no file, folder or match"):
         find(tmp_path / name)
 
 

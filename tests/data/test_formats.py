@@ -95,8 +95,9 @@ def test_messages_puts_each_image_in_its_own_place(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keys", [{}, {"images": None}, {"images": []}])
-def test_messages_reads_text_alone_with_a_system_turn(tmp_path: Path, keys: dict[str, Any]) -> None:
-    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}, SAID]
+@pytest.mark.parametrize("system", ["system", "developer"])
+def test_messages_reads_text_alone_with_a_system_turn(tmp_path: Path, keys: dict[str, Any], system: str) -> None:
+    messages = [{"role": system, "content": "be brief"}, {"role": "user", "content": "hi"}, SAID]
     sample = read_one(tmp_path, "messages", {"messages": messages, **keys})
     assert (sample.messages[0].role, sample.messages[0].text) == ("system", "be brief")
     assert sample.images == []
@@ -152,7 +153,7 @@ BAD: dict[str, list[tuple[str, Any, str]]] = {
         ("no image", llava(("human", "<image>"), ("gpt", "x")), "1 <image> placeholders but 0 images"),
         ("null image", llava(("human", "<image>"), ("gpt", "x"), image=[None]), "named 'None': give a path"),
         ("image number", llava(("human", "<image>"), ("gpt", "x"), image=5), "`images` must be a list, found '5'"),
-        ("surrogate", llava(("human", "x"), ("gpt", "\ud800")), "surrogates not allowed"),
+        ("surrogate", llava(("human", "x"), ("gpt", "\ud800")), "is no text in UTF-8"),
     ],
     "messages": [
         ("empty", {"messages": []}, "the conversation is empty"),
@@ -230,7 +231,7 @@ def test_a_bad_record_is_one_named_error_between_good_ones(
 
 @pytest.mark.parametrize("kind", CLASSES)
 def test_a_missing_file_is_told_with_the_flag(tmp_path: Path, kind: str) -> None:
-    with pytest.raises(ValueError, match=r"no data file .*none\.json: give its path with --data\.sources"):
+    with pytest.raises(ValueError, match=r"no data file .*none\.json: there is no file, folder or match"):
         list(CLASSES[kind](path=tmp_path / "none.json").read())
 
 
@@ -273,7 +274,7 @@ def test_bad_records_do_not_hide_the_format(tmp_path: Path) -> None:
     ("records", "told"),
     [
         ([{"question": "x", "answer": "y"}], "is of no known format: its records have the keys question, answer"),
-        ([], r"is of no known format: .* keys \(none\)"),
+        ([[1, 2]], r"is of no known format: .* keys \(none\)"),
         ([{**GOOD["llava"], **GOOD["messages"]}], r"fits several formats \(llava, messages\)"),
         ([GOOD["llava"], GOOD["captions"]], "is of no known format: .*conversations.*caption"),
     ],
@@ -281,6 +282,12 @@ def test_bad_records_do_not_hide_the_format(tmp_path: Path) -> None:
 def test_what_fits_no_format_or_several_is_told_with_its_keys(tmp_path: Path, records: list[Any], told: str) -> None:
     json_lines(tmp_path / "a.jsonl", records)
     with pytest.raises(ValueError, match=rf"a\.jsonl {told}.* Set `format` to one of"):
+        list(AutoSource(path=tmp_path / "a.jsonl").read())
+
+
+def test_a_file_without_records_is_called_so(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match=r"a\.jsonl holds no records"):
         list(AutoSource(path=tmp_path / "a.jsonl").read())
 
 

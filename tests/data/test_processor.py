@@ -70,6 +70,13 @@ def test_an_unreadable_image_is_named(processor: Processor) -> None:
         processor(sample)
 
 
+def test_a_folder_in_the_place_of_an_image_is_named_as_one(processor: Processor, tmp_path: Path) -> None:
+    sample = make_sample(1)
+    sample.images = [tmp_path]
+    with pytest.raises(ValueError, match="no such file, but a folder"):
+        processor(sample)
+
+
 @pytest.mark.parametrize("length", range(20, 60))
 def test_a_cut_keeps_the_first_tokens_or_tells_why_not(processor: Processor, length: int) -> None:
     sample = make_sample(1, num_images=2, turns=2, extra="and more")

@@ -17,13 +17,17 @@ from mllm.data.containers.json_lines import read_at
 LARGEST_CELL = 2**27
 """Characters. Some tables hold whole images as text; beyond this a quote was not closed."""
 
+DELIMITERS = ("\t", ",", ";", "|")
+LONGEST_HEADER = 2**16
+"""Bytes of a first line that are asked for the delimiter."""
+
 
 class Cells:
     """Rows of a table of text."""
 
     def __init__(self, path: Path, columns: list[str] | None = None) -> None:
         self.path = path
-        self.delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+        self.delimiter = delimiter_of(path)
         self.file = path.open("rb")
         self.columns, self.first = (columns, 0) if columns else self.header()
 
@@ -76,6 +80,15 @@ class Cells:
                 f"{len(cells)} cells, but there are {len(self.columns)} columns: {', '.join(self.columns)}"
             )
         return {name: cell or None for name, cell in zip(self.columns, cells, strict=True)}
+
+
+def delimiter_of(path: Path) -> str:
+    """What stands between cells: the tab or comma of the file's name, unless its first line has none of these but
+    another. OpenCLIP's tables are called .csv and have tabs, those of European spreadsheets semicolons."""
+    own = "\t" if path.suffix.lower() == ".tsv" else ","
+    with path.open("rb") as file:
+        first = file.readline(LONGEST_HEADER).decode("utf-8", "replace")
+    return next((sign for sign in (own, *DELIMITERS) if sign in first), own)
 
 
 class Lines:

@@ -58,7 +58,7 @@ def recognise(file: File) -> type[Source]:
     """The format of a file.
 
     Raises:
-        ValueError: none fits, or several do; says which keys the records have.
+        ValueError: there is no record, or none fits, or several do; says which keys the records have.
     """
     if is_coco(file.path):
         return CocoSource
@@ -67,6 +67,8 @@ def recognise(file: File) -> type[Source]:
     common = [name for name in FORMATS if fitting and all(name in fits for fits in fitting)]
     if len(common) == 1:
         return FORMATS[common[0]]
+    if not records:
+        raise ValueError(f"{file.name} holds no records: is it the file that was meant, and was it written to its end?")
     keys = list(dict.fromkeys(str(key) for record in records if isinstance(record, dict) for key in record))
     found = f"fits several formats ({', '.join(common)})" if common else "is of no known format"
     raise ValueError(

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from mllm.data.containers import Container, open_container
 from mllm.data.files import File
-from mllm.data.formats.record import check, id_of, rest, split_at_images
+from mllm.data.formats.record import check, id_of, rest, split_at_images, text_of
 from mllm.data.formats.source import Origin, Source
 from mllm.types import Mark, Message, Sample
 
@@ -92,9 +92,7 @@ class Strict(string.Formatter):
 
 def fill(template: str, record: Any) -> str:
     """The template with the record's values in it."""
-    text = Strict().vformat(template, *arguments(record))
-    text.encode()  # half a surrogate pair is a ValueError here
-    return text
+    return text_of(Strict().vformat(template, *arguments(record)), template)
 
 
 def arguments(record: Any) -> tuple[list[Any], dict[str, Any]]:

@@ -30,7 +30,8 @@ from mllm.data.formats.record import (
 from mllm.data.formats.source import Origin, Source
 from mllm.types import Mark, Message, Sample
 
-ROLES = ("system", "user", "assistant")
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+"""Who speaks, and which role of a chat template that is; OpenAI calls the system `developer` since its o1."""
 OWN_KEYS = {"id", "__key__", "messages", "images", "image", "videos", "video"}
 KINDS = ("image_url", "image", "video_url", "video")
 
@@ -72,7 +73,7 @@ def message(turn: dict[str, Any], names: list[Any], videos: bool) -> Message:
     content: list[str | Mark] = []
     for part in sequence(parts, "content"):
         content += words_or_image(mapping(part), names, videos)
-    return Message(turn["role"], content)
+    return Message(ROLES[turn["role"]], content)
 
 
 def words_or_image(part: dict[str, Any], names: list[Any], videos: bool) -> list[str | Mark]:

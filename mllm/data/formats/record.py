@@ -50,8 +50,19 @@ def text_of(value: Any, key: str) -> str:
     """The words that stand under a key, a `ValueError` that says what stands there if they are none."""
     if not isinstance(value, str):
         raise ValueError(f"`{key}` must be text, found {str(value)[:80]!r}: write a string")
-    value.encode()  # half a surrogate pair, which JSON can spell and no tokenizer takes, is a ValueError here
+    if not encodable(value):
+        raise ValueError(f"`{key}` is no text in UTF-8 ({value[:80]!a}): write the file in UTF-8")
     return value
+
+
+def encodable(text: str) -> bool:
+    """Whether it is whole: half a surrogate pair, which JSON can spell and which stands for bytes of another encoding,
+    is taken by no tokenizer."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def id_of(record: dict[str, Any], default: str) -> str:

@@ -77,7 +77,7 @@ def download(url: str) -> bytes:
 
 def checked(path: Path) -> Path:
     if not path.is_file():
-        raise FileNotFoundError("no such file")
+        raise FileNotFoundError("no such file" + (", but a folder" if path.is_dir() else ""))
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"{path.stat().st_size} bytes, more than {MAX_BYTES}")
     return path
