@@ -15,10 +15,12 @@ from mllm.data.collate import collate
 from mllm.data.loader import DataConfig
 from mllm.data.packing import join
 from mllm.data.processor import Processor
+from mllm.export.trained import prompt_obstacle
 from mllm.generate import Assistant
 from mllm.models.build import ModelConfig, build_model, check_aspect
 from mllm.models.connectors import AvgPoolConnector, LinearConnector, MLPConnector, QFormerConnector
 from mllm.native_aspect import NativeAspect
+from mllm.prospect import prospect
 from mllm.stage import build_processor
 from mllm.train.losses import NextToken, model_inputs
 from mllm.train.settings import TrainConfig
@@ -32,8 +34,11 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A NaFlex of up to nine patches of 14 pixels, and an LLM."""
-    folder = tmp_path_factory.mktemp("naflex")
+    return write_parts(tmp_path_factory.mktemp("naflex"))
+
+
+def write_parts(folder: Path) -> Path:
+    """A NaFlex of up to nine patches of 14 pixels, a CLIP, and an LLM."""
     torch.manual_seed(0)
     MODELS["naflex"]().save_pretrained(folder / "encoder")
     Siglip2ImageProcessor(patch_size=14, max_num_patches=9).save_pretrained(folder / "encoder")
@@ -128,6 +133,14 @@ def test_a_saved_processor_reads_images_alike_and_chat_answers(parts: Path, tmp_
     assistant = Assistant(model, loaded)
     whole = assistant.answer([sample], 4)[0]
     assert "".join(assistant.stream(sample, 4)).strip() == whole
+
+
+def test_export_is_refused_with_the_reason_that_is_the_encoders_own(parts: Path) -> None:
+    told = prompt_obstacle(config(parts).data)
+    assert told.startswith("data.image_fit: aspect is not exported: transformers has the patches of NaFlex")
+    assert "no processor that puts a placeholder for each" in told
+    assert prospect(config(parts), built(parts)[1]).why == told
+    assert "NaFlex" not in prompt_obstacle(DataConfig(tiles="dynamic"))
 
 
 def test_encoders_and_connectors_that_need_a_square_are_refused(parts: Path) -> None:

@@ -132,7 +132,11 @@ def prompt_obstacle(own: Processor | DataConfig) -> str:
     found = [f"data.{name}: {getattr(own, name)}" for name in known if getattr(own, name) not in known[name]]
     if not found:
         return ""
-    return f"{', '.join(found)} is not exported: no processor there prepares pictures and prompts exactly so"
+    if own.image_fit == "aspect":
+        why = "transformers has the patches of NaFlex, but no processor that puts a placeholder for each of them"
+    else:
+        why = "no processor there prepares pictures and prompts exactly so"
+    return f"{', '.join(found)} is not exported: {why}"
 
 
 def round_weights(model: MultimodalLM, dtype: torch.dtype) -> None:
