@@ -20,8 +20,10 @@ from mllm.data.index import build_index
 from mllm.data.loader import DataConfig
 from mllm.models.connectors import QFormerConnector
 from mllm.models.multimodal import MultimodalLM
+from mllm.train.blip2 import objective as objective_room
 from mllm.train.blip2.contrast import contrast, hard_negatives, similarities
 from mllm.train.blip2.objective import READS, WRITES, Blip2
+from mllm.train.blip2.same_image import digests
 from mllm.train.blip2.text_side import attach, embedded, mask_of, take_off, through_blocks
 from mllm.train.loop import fit
 from mllm.train.losses import model_inputs
@@ -179,6 +181,46 @@ def test_hard_negative_is_never_the_own_text_nor_an_equal_one_and_the_likest_mos
     assert not hard_negatives(logits, torch.ones_like(same), counts, noise)[1].any()
 
 
+def two_captions(folder: Path, pictures: int) -> Path:
+    """Each picture in two rows that lie apart, with another caption in each: no two rows say the same."""
+    data = drawn(folder, pictures)
+    records = [json.loads(line) for line in data.read_text().splitlines()]
+    rows = [{**record, "caption": f"{way} {number}"} for way in ("one", "two") for number, record in enumerate(records)]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    return data
+
+
+def test_captions_of_one_image_share_the_target_and_are_never_negatives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, told = one_batch(two_captions(tmp_path, 4)), []
+    monkeypatch.setattr(objective_room, "contrast", lambda logits, same, counts: told.append(same) or logits.sum(1))
+    monkeypatch.setattr(
+        objective_room, "hard_negatives", lambda *given: told.append(given[1]) or hard_negatives(*given)
+    )
+    objective = Blip2(made())
+    objective(**batch)
+    pixels = batch["pixel_values"].flatten(1)
+    expected = (pixels[:, None] == pixels[None]).all(dim=2)  # [8, 8]
+    assert (expected.sum(1) == 2).all(), "each picture stands in two rows"
+    captions = [tuple(labels[labels != -100].tolist()) for labels in batch["labels"]]
+    assert len(set(captions)) == 8
+    assert len(told) == 4
+    assert all(torch.equal(same, expected) for same in told)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16])
+def test_digest_of_an_image_changes_with_any_number_and_with_their_order(dtype: torch.dtype) -> None:
+    image = torch.randint(0, 255, (3, 28, 28), generator=torch.Generator().manual_seed(0)).to(dtype)
+    images = [image, image.clone(), image.flip(2), image.transpose(1, 2)]
+    for place in ((0, 0, 0), (1, 13, 5), (2, 27, 27)):
+        images.append(image.clone())
+        images[-1][place] = 255
+    found = digests(torch.stack(images)).tolist()
+    assert found[0] == found[1]
+    assert len(set(found)) == len(images) - 1
+
+
 def test_generation_loss_is_that_of_each_caption_read_word_by_word(tmp_path: Path) -> None:
     objective, batch = Blip2(made()).eval(), one_batch(drawn(tmp_path, 8))
     summed, losses = objective(**batch, each=True)
@@ -262,7 +304,7 @@ def as_one_of_two(rank: int, data: Path, folder: Path) -> None:
 
 
 def test_two_ranks_of_two_rows_learn_what_one_of_four_does(tmp_path: Path) -> None:
-    data = drawn(tmp_path, 16)
+    data = two_captions(tmp_path, 8)
     run(data, settings(tmp_path / "one", save_every=4))
     on_two_ranks(as_one_of_two, data, tmp_path)
     one, two = tmp_path / "one", tmp_path / "two"

@@ -1,4 +1,4 @@
-"""Images that keep their aspect (`data.image_fit: aspect`) in training: the same run on any engine and number of ranks."""
+"""Images that keep their aspect (`data.image_fit: aspect`) in training: the same run on any engine, on two ranks."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Image-text contrast, and the negatives that are hardest to tell apart. Pure.
 
-Enters: features of queries and of texts, and which texts are the same. Leaves: the loss of each pair, and for each row
-the number of a row that looks like its partner and is not.
+Enters: features of queries and of texts, and which texts or images are the same. Leaves: the loss of each pair, and for
+each row the number of a row that looks like its partner and is not.
 
 From BLIP-2 (Li et al. 2023, section 3.1): of all queries that which fits the text best counts; hard negatives are drawn
 by these similarities (ALBEF, Li et al. 2021, section 3.2). B rows of this rank, G rows of all, Q queries, E width.
@@ -24,9 +24,10 @@ def similarities(queries: Tensor, texts: Tensor) -> Tensor:
 
 
 def contrast(logits: Tensor, same: Tensor, counts: Tensor) -> Tensor:
-    """[B, G] and which columns are a row's own or say the same [B, G] -> the cross-entropy of each row [B].
+    """[B, G] and which columns are a row's own, say the same or have the same image [B, G] -> the cross-entropy of each
+    row [B].
 
-    Equal texts share what is not smoothed; columns that do not count [G] are in no sum.
+    They share what is not smoothed; columns that do not count [G] are in no sum.
     """
     positive = (same & counts).float()
     spread = counts.float() / counts.sum().clamp(min=1)
@@ -37,8 +38,8 @@ def contrast(logits: Tensor, same: Tensor, counts: Tensor) -> Tensor:
 def hard_negatives(logits: Tensor, same: Tensor, counts: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """[B, G] -> for each row a column drawn by softmax of its logits [B] int64, and whether there was any [B] bool.
 
-    Never the own one nor one of the same text. `noise` [B, G] is uniform in (0, 1): the largest logit under Gumbel
-    noise is a draw from the softmax.
+    Never the own one nor one of the same text or image. `noise` [B, G] is uniform in (0, 1): the largest logit under
+    Gumbel noise is a draw from the softmax.
     """
     allowed = ~same & counts
     gumbel = -(-noise.clamp(1e-9, 1 - 1e-7).log()).log()

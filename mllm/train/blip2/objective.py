@@ -25,6 +25,7 @@ from torch.nn.functional import cross_entropy, normalize, pad
 from mllm.models.multimodal import MultimodalLM
 from mllm.train.blip2.contrast import contrast, hard_negatives, similarities
 from mllm.train.blip2.gather import gather, own_rows
+from mllm.train.blip2.same_image import digests
 from mllm.train.blip2.text_side import WORDS, embedded, mask_of, through_blocks
 from mllm.train.head_loss import head_loss
 from mllm.train.losses import NextToken, Reduction, Supervision, supervision
@@ -67,11 +68,14 @@ class Blip2(NextToken):
         features, has_image = self.features(input_ids, pixel_values, num_images)  # [B, P, Dv], [B]
         ids = input_ids.new_full((len(labels), WORDS), -1).index_put((row, column), targets)
         self.check(has_image, ids)
-        # what all ranks must know alike: what is drawn, who is a pair, and how many words the longest caption has
-        facts = torch.cat([seed(ids), has_image[:, None].long(), ids], dim=1)  # [B, 2 + WORDS]
-        facts = gather(facts) if self.training else facts  # [G, 2 + WORDS]
-        longest = max(1, int((facts[:, 2:] >= 0).sum(1).max()))
-        ids, all_ids = ids[:, :longest], facts[:, 2 : 2 + longest]
+        image = torch.zeros(len(ids), dtype=torch.int64, device=ids.device)
+        image[has_image] = digests(pixel_values[:num_images])
+        # what all ranks must know alike: what is drawn, who is a pair, which image it has, and how many words the
+        # longest caption has
+        facts = torch.cat([seed(ids), has_image[:, None].long(), image[:, None], ids], dim=1)  # [B, 3 + WORDS]
+        facts = gather(facts) if self.training else facts  # [G, 3 + WORDS]
+        longest = max(1, int((facts[:, 3:] >= 0).sum(1).max()))
+        ids, all_ids = ids[:, :longest], facts[:, 3 : 3 + longest]
 
         words = self.words(ids)  # [B, T, D]
         queries, states = self.generated(features, words, ids >= 0)
@@ -80,14 +84,14 @@ class Blip2(NextToken):
             return (itg, losses) if each else itg
 
         own, counts = own_rows(len(ids), ids.device), (facts[:, 1] > 0) & (all_ids[:, 0] >= 0)  # a hole is no pair
-        same = (ids[:, None] == all_ids[None]).all(dim=2)  # [B, G]
+        same = (ids[:, None] == all_ids[None]).all(dim=2) | (image[:, None] == facts[None, :, 2])  # [B, G]
         to_texts, to_images = self.compared(queries, self.read(words, ids >= 0))  # [B, G] each
         itc = (contrast(to_texts, same, counts) + contrast(to_images, same, counts)) / 2
 
         noise = uniform(int(facts[0, 0]), len(all_ids)).to(ids.device)[:, own]  # [2, B, G]
         text, found = hard_negatives(to_texts, same, counts, noise[0])
-        image, _ = hard_negatives(to_images, same, counts, noise[1])
-        itm = self.matched(features, gather(features.detach()), ids, all_ids, image, text, found)
+        other, _ = hard_negatives(to_images, same, counts, noise[1])
+        itm = self.matched(features, gather(features.detach()), ids, all_ids, other, text, found)
 
         pairs = counts[own].float()
         sums = torch.stack([(itc * pairs).sum(), (itm * pairs).sum(), itg.float()])
