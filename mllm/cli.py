@@ -39,7 +39,8 @@ def chat(
         video: A video file, a folder of its frames, or an animated GIF; may be repeated. Seen as up to
             `data.video_frames` images, a setting of the training that the model remembers.
         prompt: Ask this, print the answer, and stop. Without it a conversation opens (piped text is one question).
-        model: Stage folder or Hub id; $MLLM_MODEL, or the newest finished run under runs/, where it is not given.
+        model: Stage folder, exported folder, or the Hub id of one; $MLLM_MODEL, or the newest finished run under
+            runs/, where it is not given.
         max_new_tokens: Longest answer in tokens.
         json_output: Print question, answer and model as one JSON object.
         compile: On a CUDA device: in a conversation compile the LLM for one token at a time, which takes seconds at the
@@ -49,11 +50,12 @@ def chat(
     if not prompt and not sys.stdin.isatty():
         prompt = sys.stdin.read().strip()
     quiet_libraries()
-    from mllm.generate import Assistant, Decoding
+    from mllm.generate import Decoding
+    from mllm.stock import load_assistant
 
     shown: list[str | Video] = [*image, *map(Video, video)]
     faster: Decoding = "recorded" if prompt else "compiled"  # compiling takes longer than one answer does
-    assistant = Assistant.load(name, decoding=faster if compile else "ordinary")
+    assistant = load_assistant(name, faster if compile else "ordinary")
     if not prompt:
         if assistant.compiles:
             print("The first answer takes some seconds longer: the LLM is compiled (--no-compile: it is not).")
@@ -106,7 +108,7 @@ def evaluate(
     """Score a model on a LLaVA-JSON file by exact match.
 
     Args:
-        model: Stage folder or Hub id.
+        model: Stage folder, exported folder, or the Hub id of one.
         data: LLaVA-JSON file; each assistant turn is the answer to one question.
         image_dir: Folder that its image names start from; the file's own folder where it is not given.
         json_output: Write accuracies and every answer here.
@@ -126,7 +128,7 @@ def evaluate(
     quiet_libraries()
     from mllm.data.formats.llava import read_llava
     from mllm.evaluate import controls, exact
-    from mllm.generate import Assistant
+    from mllm.stock import load_assistant
 
     samples = read_llava(data, image_dir)
     controls.check_images(samples)
@@ -134,7 +136,7 @@ def evaluate(
         samples = controls.shuffle_images(samples, seed)
     if blank_images:
         samples = controls.blank_images(samples)
-    exact.run(Assistant.load(model), samples, json_output, history, batch_size, max_new_tokens)
+    exact.run(load_assistant(model), samples, json_output, history, batch_size, max_new_tokens)
 
 
 def export(

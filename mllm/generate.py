@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from threading import Event, Thread
 from typing import Any, Literal
 
 import torch
@@ -23,6 +22,7 @@ from mllm.decoding.greedy import Greedy
 from mllm.decoding.pictures import Pictures
 from mllm.decoding.prompt import read
 from mllm.decoding.recorded import RecordedGreedy
+from mllm.decoding.threaded import words_of
 from mllm.decoding.words import from_first_word, pieces
 from mllm.models.build import build_model
 from mllm.models.multimodal import MultimodalLM
@@ -101,33 +101,9 @@ class Assistant:
 
     def streamed_whole(self, sample: Sample, max_new_tokens: int) -> Iterator[str]:
         """The same by transformers' own loop, with nothing kept: for LLMs with recurrent states."""
-        from transformers import TextIteratorStreamer
-
-        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_special_tokens=True)
         with torch.inference_mode():
             inputs = self.inputs([self.processor.prompt(sample)])
-        failed: list[Exception] = []
-        over = Over()
-
-        @torch.inference_mode()
-        def generate() -> None:
-            try:
-                self.model.llm.generate(
-                    **inputs, **self.options(max_new_tokens), streamer=streamer, stopping_criteria=[over]
-                )
-            except Exception as error:  # told to the caller below: here nobody would hear it, and he would wait
-                failed.append(error)
-                streamer.end()
-
-        work = Thread(target=generate, daemon=True)
-        work.start()
-        try:
-            yield from streamer
-        finally:  # also where nobody listens any more: the next answer must not find this one at work
-            over.set()
-            work.join()
-        if failed:
-            raise failed[0]
+        yield from words_of(self.model.llm, self.processor.tokenizer, {**inputs, **self.options(max_new_tokens)})
 
     def inputs(self, prompts: Sequence[Example]) -> dict[str, Tensor]:
         """Prompts side by side: embeddings [B, S, D] with visual tokens in place, padded on the left, and their
@@ -158,13 +134,6 @@ class Assistant:
         """The words before the first end mark."""
         end = next((i for i, token in enumerate(tokens) if token in self.stop_ids), len(tokens))
         return str(self.processor.tokenizer.decode(tokens[:end], skip_special_tokens=True)).strip()
-
-
-class Over(Event):
-    """A stopping criterion of transformers: yes for every row of [B, S], once it is set."""
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        return torch.full((len(input_ids),), self.is_set(), device=input_ids.device)
 
 
 def check_normalisation(model: MultimodalLM, processor: Processor) -> None:
