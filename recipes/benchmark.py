@@ -122,11 +122,13 @@ def train(
             except training.DeviceLost as error:
                 begin_anew(json_path, error)
         else:
-            from benchmarks import counted, ratios
+            from benchmarks import adapting, counted, ratios
 
+            taken = min(pairs, 5) if quick else pairs
+            timed = ratios.measure(taken, status.update)
             found = {
-                "counters": counted.measure(),
-                "ratios": ratios.measure(min(pairs, 5) if quick else pairs, status.update),
+                "counters": {**counted.measure(), **adapting.counts()},
+                "ratios": {**timed, "peft_over_fast_lora": adapting.ratio(taken, status.update)},
             }
     found["machine"] = machine()
     tables = [report.rate_table, report.room_table] if "rows" in found else [report.count_table, report.ratio_table]

@@ -19,8 +19,9 @@ from torch import nn
 RECIPES = Path(__file__).parents[1] / "recipes"
 sys.path.append(str(RECIPES))
 
-from benchmarks import carried, counted, naive, planning, product, ratios, training  # noqa: E402
+from benchmarks import adapting, carried, counted, naive, planning, product, ratios, training  # noqa: E402
 from benchmarks.configurations import configurations, default, stage_1, stage_2  # noqa: E402
+from benchmarks.counters import traffic  # noqa: E402
 from benchmarks.drawn_training import Drawing, draw  # noqa: E402
 from benchmarks.page import PAGE, README, filled, markdown, put, quoted, read_results, tables  # noqa: E402
 from benchmarks.sizes import LLMS, draw_model  # noqa: E402
@@ -241,7 +242,7 @@ def test_enough_leaves_no_hook_behind() -> None:
 
 
 def test_what_is_counted_keeps_what_is_asked() -> None:
-    found = counted.measure(steps=1)
+    found = counted.measure(steps=1) | adapting.counts()
     assert found.keys() == counted.ASKED.keys()
     assert found["flops_over_arithmetic"] == pytest.approx(1, rel=0.02)
     assert found["padded_over_packed_flops"] >= 1.7
@@ -251,6 +252,14 @@ def test_what_is_counted_keeps_what_is_asked() -> None:
     assert found["logit_rows_over_supervised"] <= 1
     assert found["fill"] >= 0.995
     assert found["waits"] == 0
+    assert found["lora_operations"] <= 0.70
+    assert found["lora_bytes"] <= 0.35
+
+
+def test_traffic_counts_what_is_computed_and_not_views() -> None:
+    one = torch.zeros(2, 3)
+    found = traffic(lambda: (one.t() * 2).t())
+    assert (found.operations, found.bytes) == (1, 2 * 6 * 4)
 
 
 def test_all_ways_take_turns_with_fit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,12 +276,15 @@ def test_on_a_cpu_ratios_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyP
     alike = {"ours": [2.0, 2.2], "bare": [2.0, 2.0], "all logits": [3.0, 2.4], "padded": [4.0, 3.0]}
     monkeypatch.setattr(ratios, "take_turns", lambda pairs, say: alike)
     monkeypatch.setattr(counted, "measure", lambda: dict.fromkeys(counted.ASKED, 1.0))
+    monkeypatch.setattr(adapting, "counts", dict)
+    monkeypatch.setattr(adapting, "ways", lambda: dict.fromkeys(("peft", "fast"), lambda: sum(range(1000))))
     path = tmp_path / "out.json"
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "train", "--json", str(path), "--pairs", "2"])
     runpy.run_path(str(RECIPES / "benchmark.py"), run_name="__main__")
     found = json.loads(path.read_text())["ratios"]
     assert found["ours_over_bare"] == {"median": 1.05, "least": 1.0, "greatest": 1.1}
     assert found["padded_over_packed"]["median"] == 1.75
+    assert found["peft_over_fast_lora"]["median"] > 0
 
 
 def test_the_page_is_made_of_its_files() -> None:

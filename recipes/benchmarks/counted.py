@@ -37,6 +37,8 @@ ASKED = {
     "logit_rows_over_supervised": ("rows of logits / supervised rows", "at most 1"),
     "fill": ("share of the rows that is tokens", "at least 0.995"),
     "waits": ("results that the host must read in a micro-batch", "0 of ours"),
+    "lora_operations": ("operations that LoRA adds to a step, ours / peft's", "at most 0.70"),
+    "lora_bytes": ("bytes that these read and write, ours / peft's", "at most 0.35"),
 }
 """Of each count its words, and what is asked of it."""
 

@@ -86,6 +86,29 @@ class Widest(TorchDispatchMode):
         return out
 
 
+def traffic(step: Step) -> Traffic:
+    """The operations of a step, forward and backward, that compute something, and the bytes that pass through them."""
+    with Traffic() as counted:
+        step()
+    return counted
+
+
+class Traffic(TorchDispatchMode):
+    """Counts operations but views, and the bytes that they are given and give back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = self.bytes = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        if not function.is_view:
+            moved = [each for each in tree_iter((args, kwargs, out)) if isinstance(each, Tensor)]
+            self.operations += 1
+            self.bytes += sum(each.numel() * each.element_size() for each in moved)
+        return out
+
+
 def outside(step: Step, model: nn.Module) -> dict[str, int]:
     """Calls of Python functions and operations of torch in a step, but for what happens while `model` computes."""
     with Outside(model) as counted:

@@ -108,6 +108,7 @@ RATIOS = {
     "ours_over_bare": ("our loop with its loader / a bare loop without", "at most 1.05"),
     "padded_over_packed": ("padded / packed, a real token", "at least 1.2"),
     "all_logits_over_supervised": ("all logits / those of supervised rows", "at least 1.03"),
+    "peft_over_fast_lora": ("LoRA in bfloat16, by peft / ours", ""),
 }
 """What each ratio compares, and what is asked of it."""
 RATIO_HEADS = ("CPU time", "median", "pairs from - to", "asked for")
@@ -115,10 +116,11 @@ RATIO_HEADS = ("CPU time", "median", "pairs from - to", "asked for")
 
 def ratio_lines(found: dict[str, Any]) -> list[Cells]:
     """The cells under `RATIO_HEADS`."""
-    shown = {name: found["ratios"][name] for name in RATIOS}
+    shown = {name: found["ratios"][name] for name in RATIOS if name in found["ratios"]}
     return [
         [words, f"{shown[name]['median']:.2f}", f"{shown[name]['least']:.2f} - {shown[name]['greatest']:.2f}", asked]
         for name, (words, asked) in RATIOS.items()
+        if name in shown
     ]
 
 
