@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import socket
@@ -107,6 +108,7 @@ def on_two_ranks(function: Callable[..., None], *arguments: object) -> None:
 
 def as_rank(rank: int, port: int, function: Callable[..., None], *arguments: object) -> None:
     """What a launcher sets, and no memory of the parent, which is one process."""
+    gc.freeze()  # nor does the parent's garbage concern this one: ZeRO-3 collects at each start
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
