@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+import sqlite3
+import struct
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -117,6 +119,99 @@ def test_trackers_are_given_as_a_list_or_with_commas_and_an_unknown_one_is_an_er
     assert given("tensorboard,wandb") == given(["tensorboard", "wandb"]) == ["tensorboard", "wandb"]
     with pytest.raises(ValueError, match=r"train\.trackers\.0.*'tensorboard', 'wandb' or 'trackio'"):
         given("tensorbord")
+
+
+NONE = "is not installed: pip install 'mllm[trackers]'"
+
+
+def cut_off_and_resumed(data: Path, folder: Path, name: Any) -> list[dict[str, Any]]:
+    """Five steps in two goes, the first of which was cut off one step behind its last checkpoint; what the file has."""
+    folder.mkdir()
+    (folder / "config.yaml").write_text("model: {llm: tiny}\ntrain: {steps: 5}\n")
+    config = settings(folder, steps=3, save_every=2, schedule="constant", trackers=[name])
+    run(data, config)
+    config.steps = 5
+    run(data, config, resume=True)
+    return [flat(line) for line in lines(folder)]
+
+
+def assert_same_numbers(told: dict[int, dict[str, float]], written: list[dict[str, Any]]) -> None:
+    """Each step once, with all fields of the file; of the step that was computed twice its first telling."""
+    assert list(told) == [line["step"] for line in written] == [1, 2, 3, 4, 5]
+    for line in written:
+        own = told[line["step"]]
+        assert own.keys() - {"step"} == line.keys() - {"step"}
+        assert own["loss"] == pytest.approx(line["loss"], rel=1e-6)
+
+
+@pytest.mark.filterwarnings("error:Reserved keys")
+def test_trackio_has_the_numbers_of_the_file_each_step_once_and_the_config(
+    llava_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("trackio", reason=f"trackio {NONE}")
+    import trackio.utils
+    from trackio.sqlite_storage import SQLiteStorage
+
+    monkeypatch.setattr(trackio.utils, "TRACKIO_DIR", tmp_path / "trackio")
+    monkeypatch.setattr("trackio.sqlite_storage.TRACKIO_DIR", tmp_path / "trackio")
+    written = cut_off_and_resumed(llava_folder(8), tmp_path / "out", "trackio")
+    (database,) = (tmp_path / "trackio").glob("*.db")
+    with sqlite3.connect(database) as opened:
+        rows = opened.execute("select run_name, step, metrics from metrics order by id").fetchall()
+    told = {step: {k: v for k, v in json.loads(numbers).items() if k != "timestamp"} for _, step, numbers in rows}
+    assert len(rows) == 5
+    assert {name for name, _, _ in rows} == {f"{tmp_path.name}/out-{run_id(tmp_path / 'out')}"}
+    assert_same_numbers(told, written)
+    config = SQLiteStorage.get_run_config(database.stem, rows[0][0])
+    assert {k: v for k, v in config.items() if not k.startswith("_")} == {
+        "model": {"llm": "tiny"},
+        "train": {"steps": 5},
+    }
+
+
+def records(file: Path) -> Iterator[Any]:
+    """What wandb wrote offline: one message behind the other, each with checksum, length and kind in front."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, place = file.read_bytes(), 7
+    assert len(data) < 2**15, "longer files are cut into blocks"
+    while place < len(data):
+        _, length, kind = struct.unpack("<IHB", data[place : place + 7])
+        assert kind == 1
+        record = Record()
+        record.ParseFromString(data[place + 7 : place + 7 + length])
+        yield record
+        place += 7 + length
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_wandb_offline_has_the_numbers_of_the_file_each_step_once_and_the_config(
+    llava_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb", reason=f"wandb {NONE}")
+    for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_CONSOLE": "off"}.items():
+        monkeypatch.setenv(name, value)
+    out = tmp_path / "out"
+    written = cut_off_and_resumed(llava_folder(8), out, "wandb")
+    told: dict[int, dict[str, float]] = {}
+    files = sorted((out / "wandb").glob("offline-run-*/*.wandb"))
+    assert [file.stem for file in files] == [f"run-{run_id(out)}"] * 2
+    for file in files:
+        found: dict[str, list[Any]] = {}
+        for record in records(file):
+            found.setdefault(record.WhichOneof("record_type"), []).append(record)
+        assert [record.exit.exit_code for record in found["exit"]] == [0]
+        (begun, *_) = found["run"]
+        assert (begun.run.project, begun.run.display_name) == ("mllm", f"{tmp_path.name}/out")
+        configs = [record.config for record in found["config"]]
+        values = {item.key: json.loads(item.value_json) for config in configs for item in config.update}
+        assert {"model": {"llm": "tiny"}, "train": {"steps": 5}}.items() <= values.items()
+        for record in found["history"]:
+            items = {i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in record.history.item}
+            step = record.history.step.num
+            assert step not in told
+            told[step] = {name: value for name, value in items.items() if not name.startswith("_")}
+    assert_same_numbers(told, written)
 
 
 class Service:

@@ -66,7 +66,9 @@ class Tracking:
         """The numbers of one step."""
         for tracker in self.accelerator.trackers if self.is_on else []:
             if tracker.name == "tensorboard" or step > self.sent:
-                tracker.log(numbers, step=step)
+                # a curve of the steps over the steps; trackio keeps that name for itself, and warns
+                own = {name: value for name, value in numbers.items() if tracker.name != "trackio" or name != "step"}
+                tracker.log(own, step=step)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -103,5 +105,7 @@ def describe(tracker: Any, config: Path) -> None:
     text = config.read_text() if config.exists() else ""
     if tracker.name == "tensorboard":
         tracker.tracker.add_text("config", f"```yaml\n{text}\n```")
+    elif tracker.name == "trackio":
+        tracker.run.config.update(yaml.safe_load(text) or {})  # accelerate's own way adds a key of wandb's to it
     else:
         tracker.store_init_configuration(yaml.safe_load(text) or {})
