@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from mllm.config import RunConfig, load_config
+from mllm.resuming import check_changes
 from mllm.train.audit import FILE as AUDIT_FILE
 from mllm.train.blip2.text_side import FILE as TEXT_SIDE
 from mllm.train.checkpoint import checkpoints
@@ -68,6 +69,8 @@ def check_output(config: RunConfig) -> None:
         check_folder(folder, "train.output_dir")
     if config.resume and (folder / FINISHED).exists() and not config.dry_run:
         leave_if_finished(config)
+    if config.resume and (changed := check_changes(config)) and os.environ.get("RANK", "0") == "0":
+        print(f"resume: from here on with other settings: {'; '.join(changed)}")
 
 
 def leave_if_finished(config: RunConfig) -> None:

@@ -44,6 +44,7 @@ from mllm.models.packed.choice import check_attention
 from mllm.output import check_output, remove
 from mllm.quiet import quiet_libraries
 from mllm.reload import check_reload
+from mllm.resuming import check_steps
 from mllm.train import engine, held_out
 from mllm.train.audit import FILE as AUDIT_FILE
 from mllm.train.audit import concluded
@@ -197,6 +198,8 @@ def check_run(
     deal(accelerator, index, plan, processor, config.train)
     with console(accelerator).status("counting the steps"):
         steps = num_steps(plan, config.train)
+    if config.resume:
+        check_steps(config.train.output_dir, steps)
     rates = config.train.learning_rate
     known = preflight(console(accelerator), model, rates, index, plan, processor, steps)
     for words in checkpointing.advice(model, config.train.gradient_checkpointing):

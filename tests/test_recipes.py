@@ -277,6 +277,13 @@ def test_finished_run_is_made_longer_from_its_newest_checkpoint(used: Path, caps
     Assistant.load(used.parent / "align")
 
 
+def test_run_that_shall_be_shorter_than_its_checkpoints_is_refused_and_left_as_it_was(used: Path, capsys: Any) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (used.parent / "align").rglob("*")}
+    assert in_process("pretrain", "--config", used, "--resume", "--train.steps", 3) == 2
+    assert "step-4 has 4 steps behind it, and the run shall have 3" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in (used.parent / "align").rglob("*")} == before
+
+
 def test_resume_with_no_whole_checkpoint_is_an_error_that_names_each(used: Path, capsys: Any) -> None:
     (used.parent / "align" / "connector.safetensors").unlink()
     for step in (2, 4):
