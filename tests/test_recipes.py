@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import runpy
@@ -28,11 +29,10 @@ from mllm.models.build import ModelConfig, build_model
 from mllm.train.settings import TrainConfig
 from mllm.train.stage_folder import save_stage
 from mllm.types import Mark, Message, Sample
+from runs import on_two_ranks
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu"]
-TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-"""Two gloo ranks: `accelerate launch --cpu --num_processes 2` starts one process, and says nothing."""
 LLAVA15 = sorted((ROOT / "recipes" / "llava15").glob("*.yaml"))
 
 pytestmark = pytest.mark.recipe
@@ -59,8 +59,8 @@ def write_config(folder: Path, hub: Path, data: Path, stage: str, **train: Any) 
     return folder / f"{stage}.yaml"
 
 
-def launch(script: str, *arguments: object, launcher: list[str] = LAUNCH) -> subprocess.CompletedProcess[str]:
-    command = [*launcher, f"recipes/{script}.py", *map(str, arguments)]
+def launch(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [*LAUNCH, f"recipes/{script}.py", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "ACCELERATE_USE_CPU": "true"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
 
@@ -104,17 +104,24 @@ def in_process(script: str, *arguments: object) -> int:
         GradientState._reset_state()
 
 
+def pretrained(config: Path, said: Path) -> int:
+    """In a forked process that has the screen and the devices of `launch`: what it exits with."""
+    os.environ.update(COLUMNS="200", ACCELERATE_USE_CPU="true")
+    with said.open("w") as file, contextlib.redirect_stdout(file):
+        return in_process("pretrain", "--config", config)
+
+
 @pytest.fixture(scope="module")
 def trained(hub: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`align/` and `instruct/` (LoRA), made by the real commands."""
+    """`align/` by the real script, `instruct/` (LoRA) by the real command."""
     folder = tmp_path_factory.mktemp("trained")
     data = write_llava(folder)
-    align = launch("pretrain", "--config", write_config(folder, hub, data, "align", save_every=2))
-    assert align.returncode == 0, align.stderr[-3000:]
+    config = write_config(folder, hub, data, "align", save_every=2)
+    align = Forked(lambda: sys.exit(pretrained(config, folder / "said.txt")), folder / "wrong.txt")
+    assert align.wait() == 0, (folder / "wrong.txt").read_text()
     more = {"learning_rate": {"connector": 1e-3, "llm": 1e-2}, "lora": {"rank": 4, "alpha": 8}}
     instruct = launch("finetune", "--config", write_config(folder, hub, data, "instruct", **more), "--train.steps", 4)
     assert instruct.returncode == 0, instruct.stderr[-3000:]
-    (folder / "said.txt").write_text(align.stdout)
     return folder
 
 
@@ -190,12 +197,17 @@ def test_processor_of_a_stage_is_the_one_of_the_parts(trained: Path) -> None:
 
 def test_two_processes_write_the_same_losses_as_one(trained: Path, hub: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, hub, trained / "data.json", "align", save_every=2)
-    done = launch("pretrain", "--config", config, launcher=TWO)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "ranks: 2, on cpu" in done.stdout
+    on_two_ranks(on_rank, config, tmp_path)
+    said = [(tmp_path / f"rank-{rank}.txt").read_text() for rank in (0, 1)]
+    assert "ranks: 2, on cpu" in said[0]
     told = [[line["loss"] for line in lines(folder / "align")] for folder in (trained, tmp_path)]
     assert told[0] == pytest.approx(told[1], rel=1e-5)
-    assert done.stdout.count("what trains") == 1  # only rank 0 speaks
+    assert "".join(said).count("what trains") == 1  # only rank 0 speaks
+
+
+def on_rank(rank: int, config: Path, folder: Path) -> None:
+    """The script, as a launcher starts it on one of two gloo ranks."""
+    assert pretrained(config, folder / f"rank-{rank}.txt") == 0
 
 
 # ---------------------------------------------------------------- the output folder
