@@ -25,6 +25,7 @@ from mllm.data.processor import Processor
 from mllm.data.streams.batches import open_stream
 from mllm.data.streams.plan import StreamPlan
 from mllm.data.streams.reader import Stream
+from mllm.full_disk import unwritten
 from mllm.inherit import take_over
 from mllm.models.attention import check_isolation, check_rotation
 from mllm.models.build import (
@@ -270,8 +271,8 @@ def console(accelerator: Accelerator) -> Console:
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """A user's mistake is told in words, without a traceback, and ends the run with exit code 2. What another rank ran
-    into, or all ranks, is said once."""
+    """A user's mistake, or a full disk, is told in words, without a traceback, and ends the run with exit code 2. What
+    another rank ran into, or all ranks, is said once."""
     try:
         yield
     except ValueError as error:
@@ -280,3 +281,11 @@ def user_errors() -> Iterator[None]:
         sys.exit(2)
     except RankStopped as error:
         sys.exit(error.code)
+    except Exception as error:
+        if not (words := unwritten(error)):
+            raise
+        print(
+            f"error: the disk takes no more: {words}. Make room; --resume goes on from the newest checkpoint",
+            file=sys.stderr,
+        )
+        sys.exit(2)
