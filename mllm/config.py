@@ -139,17 +139,32 @@ def explain(mistake: Any) -> str:
     """One line for one mistake: where, what, and the nearest key that exists."""
     if not mistake["loc"]:
         return f"expected sections (model, data, train), found {mistake['input']!r}"
-    where, key = ".".join(str(part) for part in mistake["loc"]), str(mistake["loc"][-1])
+    where = ".".join(str(part) for part in mistake["loc"] if part != "auto")  # what a source is without its format
+    key = str(mistake["loc"][-1])
+    if mistake["type"] == "union_tag_invalid":
+        return f"{where}: {unknown_tag(**mistake['ctx'])}"
+    if mistake["type"] == "union_tag_not_found":
+        return f"{where}: expected a mapping of a part and its options, found {str(mistake['input'])[:80]!r}" + (
+            ": write {path: FILE}" if "sources" in mistake["loc"] else ""
+        )
     if mistake["type"] not in ("unexpected_keyword_argument", "extra_forbidden"):
         return f"{where}: {mistake['msg']}"
-    if "auto" in mistake["loc"]:
-        place = where.replace(".auto.", ".")
-        return f"{place}: an option of one format: name it (`format: captions`, say) beside the option"
+    if "auto" in mistake["loc"] and key in keys_beside((*mistake["loc"][:2], key)):
+        return f"{where}: an option of one format: name it (`format: captions`, say) beside the option"
     known = set(known_keys(RunConfig))
     near = difflib.get_close_matches(key, keys_beside(mistake["loc"]), n=1) or difflib.get_close_matches(
         key, known, n=1
     )
     return f"{where}: unknown key" + (f", did you mean {near[0]!r}?" if near else "")
+
+
+def unknown_tag(discriminator: str, tag: str, expected_tags: str) -> str:
+    """Words for a part of which there is no such kind."""
+    kinds = [kind.strip("' ") for kind in expected_tags.split(",")]
+    near = difflib.get_close_matches(tag, kinds, n=1)
+    asked = f"did you mean {near[0]!r}? " if near else ""
+    what = "format" if "format" in discriminator else discriminator.strip("'")
+    return f"no {what} {tag!r}: {asked}There are {', '.join(kinds)}"
 
 
 def known_keys(kind: Any) -> Iterator[str]:

@@ -20,7 +20,7 @@ from mllm.train.saving import durable
 from mllm.train.stage_folder import FINISHED
 from mllm.train.tuning.fp8_gate import FILE as FP8_FILE
 from mllm.train.watching import trackers
-from mllm.writable import check_folder
+from mllm.writable import check_file, check_folder
 
 WRITTEN = (
     FINISHED,
@@ -65,6 +65,8 @@ def check_output(config: RunConfig) -> None:
             f"{folder} holds a run already ({', '.join(used[:3])}): "
             f"--resume goes on with it, --overwrite starts again, --train.output_dir names another place"
         )
+    if config.json:
+        check_file(config.json, "--json")
     if not config.dry_run:
         check_folder(folder, "train.output_dir")
     if config.resume and (folder / FINISHED).exists() and not config.dry_run:

@@ -209,6 +209,7 @@ def check_run(
     tell(console(accelerator), needs, whole=config.dry_run)
     if config.json and accelerator.is_main_process:
         told = {**numbers(model, rates, known, plan, processor, steps), **needs.as_json()}
+        config.json.parent.mkdir(parents=True, exist_ok=True)
         config.json.write_text(json.dumps(told, indent=1) + "\n")
     if not config.dry_run:
         refuse(needs)

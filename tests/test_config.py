@@ -297,6 +297,25 @@ def test_an_option_without_its_format_is_told_to_name_it(write) -> None:
     assert "data.sources.0.bare: an option of one format: name it" in mistakes(path)
 
 
+@pytest.mark.parametrize(
+    ("section", "told"),
+    [
+        ({"sources": [{"paht": "data.json"}]}, "data.sources.0.paht: unknown key, did you mean 'path'?"),
+        ({"sources": ["data.json"]}, "data.sources.0: expected a mapping .* found 'data.json': write {path: FILE}"),
+        ({"sources": [{"path": "a", "format": "llvaa"}]}, "data.sources.0: no format 'llvaa': did you mean 'llava'?"),
+        ({"sources": [{"path": "a"}], "mixture": {"shares": [{}, {}]}}, "shares has 2 entries for 1 sources"),
+    ],
+    ids=str,
+)
+def test_a_mistake_in_a_source_is_told_in_words(write, section: dict[str, Any], told: str) -> None:
+    assert re.search(told, mistakes(write(data=section)))
+
+
+def test_a_connector_of_no_kind_is_told_with_the_nearest(write) -> None:
+    path = write(model={"vision_encoder": "a/b", "llm": "c/d", "connector": {"type": "mpl"}})
+    assert "model.connector: no type 'mpl': did you mean 'mlp'? There are linear, mlp" in mistakes(path)
+
+
 def test_the_yaml_of_the_readme_is_valid() -> None:
     blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert blocks

@@ -353,6 +353,12 @@ def test_dry_run_tells_memory_time_and_disk_also_as_json(hub: Path, tmp_path: Pa
     assert not (tmp_path / "align").exists()
 
 
+def test_json_that_cannot_be_written_is_told_before_the_work(hub: Path, tmp_path: Path, capsys: Any) -> None:
+    config = write_config(tmp_path, hub, write_llava(tmp_path), "align")
+    assert in_process("pretrain", "--config", config, "--dry_run", "--json", tmp_path) == 2
+    assert f"error: --json {tmp_path} is a folder" in capsys.readouterr().err
+
+
 def test_dry_run_indexes_for_the_run_that_follows(hub: Path, tmp_path: Path, monkeypatch: Any) -> None:
     config = write_config(tmp_path, hub, write_llava(tmp_path), "align")
     flags = ["--config", config, "--data.index_dir", tmp_path / "counts"]

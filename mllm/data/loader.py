@@ -82,6 +82,11 @@ class DataConfig(Schema):
     """Where the counts of all files are kept, for every run that reads the same files; a folder in $MLLM_CACHE, or in
     ~/.cache/mllm, where it is not set."""
 
+    def __post_init__(self) -> None:
+        named, shares = len(self.sources), len(self.mixture.shares)
+        if named and shares and named != shares:
+            raise ValueError(f"mixture.shares has {shares} entries for {named} sources: give one for each, or none")
+
 
 @dataclass(frozen=True)
 class Share:

@@ -17,12 +17,15 @@ from mllm.data.formats.fields import FieldsSource
 from mllm.data.formats.interleaved import InterleavedSource
 from mllm.data.formats.llava import LlavaSource
 from mllm.data.formats.messages import MessagesSource
+from mllm.data.formats.source import Source
 from mllm.data.formats.texts_images import TextsImagesSource
 
 
 def format_of(source: Any) -> Any:
-    """The `format` of a source; without one, the records are asked."""
-    return source.get("format", "auto") if isinstance(source, dict) else getattr(source, "format", None)
+    """The `format` of a source; without one, the records are asked. None of what is no source."""
+    if isinstance(source, dict):
+        return source.get("format", "auto")
+    return getattr(source, "format", None) if isinstance(source, Source) else None
 
 
 SourceConfig = Annotated[
