@@ -63,6 +63,12 @@ def shards_weights(accelerator: Accelerator) -> bool:
     return zero.stage(accelerator) == 3 or fsdp.requested()
 
 
+def halves(accelerator: Accelerator) -> bool:
+    """Is a micro-batch that does not fit in memory computed in halves? Not where ranks exchange weights or gradients
+    inside of the passes: none can step back from one."""
+    return not (zero.stage(accelerator) or fsdp.requested())
+
+
 def describe(accelerator: Accelerator) -> str:
     """What runs, in words."""
     ranks = f"ranks: {accelerator.num_processes}, on {accelerator.device.type}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from mllm.data.streams.batches import look, open_stream
 from mllm.train.forecasting import probe as room
 from mllm.train.forecasting.forecast import Forecast, forecast
 from mllm.train.forecasting.largest import largest
-from mllm.train.forecasting.needs import refuse, warnings
+from mllm.train.forecasting.needs import refuse, rows, warnings
 from mllm.train.forecasting.probe import Probe, made_up, probe
 from mllm.train.forecasting.shadow import Shape
 from mllm.train.losses import num_supervised
@@ -194,6 +195,31 @@ def test_memory_that_runs_out_stops_before_the_first_step_and_names_what_would_h
     halved = forecast_of(settings(tmp_path / "run", **whole), mixed(tmp_path))
     refuse(halved)  # of two rows, one at a time may fit
     assert any("halves" in words for words in warnings(halved))
+
+
+@pytest.mark.parametrize("engine", ["zero 2", "zero 3", "fsdp2"])
+def test_run_that_cannot_halve_says_so_before_it_starts_and_does_not_start_where_the_probe_shows_it(
+    engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, data, accelerator = settings(tmp_path / "run", **LORA), mixed(tmp_path), Accelerator(cpu=True)
+    assert not any(name == "out of memory" for name, _ in rows(forecast_of(train, data)))
+    monkeypatch.setattr(room, "run", runs_out)
+    if engine == "fsdp2":
+        monkeypatch.setattr("mllm.train.engines.fsdp.requested", lambda: True)
+    else:
+        monkeypatch.setattr("mllm.train.engines.zero.stage", lambda _: int(engine[-1]))
+        plugin = SimpleNamespace(deepspeed_config={"zero_optimization": {}})
+        monkeypatch.setattr(type(accelerator.state), "deepspeed_plugin", plugin)
+    told = forecast_of(train, data, accelerator)
+    words = dict(rows(told))
+    assert words["out of memory"].startswith("ends the run: computing in halves is off under ZeRO and FSDP2")
+    assert not any("halves" in words for words in warnings(told))
+    if engine == "zero 2":
+        with pytest.raises(ValueError, match=r"micro-batch, 2 rows of .*train\.rows_per_micro_batch 1"):
+            refuse(told)
+    else:
+        assert words["probe"].startswith("none: off under ZeRO stage 3 and FSDP2, where each rank")
+        refuse(told)
 
 
 def test_any_other_error_of_the_probe_is_the_users_to_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

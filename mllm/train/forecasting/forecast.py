@@ -82,6 +82,8 @@ class Forecast:
     """None where none ran; `why` says why."""
     why: str = ""
     levers: list[Lever] = field(default_factory=list)
+    halves: bool = True
+    """Does the engine compute in halves what does not fit?"""
 
     @property
     def fits(self) -> bool:
@@ -146,6 +148,7 @@ def forecast(
         probed=found,
         why=reason or why,
         levers=[] if fits or memory is None else levers(model, shape, setup),
+        halves=engine.halves(accelerator),
     )
 
 
@@ -226,7 +229,7 @@ def why_no_probe(
     if any(parameter.is_meta for parameter in model.parameters()):
         return "the LLM's weights are not read yet"
     if engine.shards_weights(accelerator):
-        return "each rank will hold a share of the weights only"
+        return "off under ZeRO stage 3 and FSDP2, where each rank will hold a share of the weights only"
     if accelerator.device.type == "cpu" and memory and memory.peak > available:
         return "it would not fit"
     if expected > TOO_LONG:

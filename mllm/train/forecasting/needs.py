@@ -13,6 +13,11 @@ from rich.text import Text
 
 from mllm.train.forecasting.forecast import Forecast
 
+STOPS = (
+    "ends the run: computing in halves is off under ZeRO and FSDP2, which exchange weights or gradients inside of the "
+    "passes"
+)
+
 
 def tell(console: Console, forecast: Forecast, whole: bool = False) -> None:
     """A table of a few lines; `whole` adds what the memory is for."""
@@ -42,6 +47,8 @@ def rows(forecast: Forecast) -> list[tuple[str, str]]:
     else:
         told.append(("memory", f"not predicted: {forecast.why}"))
     told.append(("probe", probed(forecast)))
+    if not forecast.halves:
+        told.append(("out of memory", STOPS))
     told.append(("time", time_words(forecast)))
     return [*told, ("disk", f"{size(disk.needed)} ({disk_words(forecast)}) of {size(disk.free)} that are free")]
 
@@ -92,7 +99,7 @@ def warnings(forecast: Forecast) -> list[str]:
     if not forecast.fits:
         peak = f"the largest micro-batch needs {size(forecast.memory.peak)}" if forecast.memory else "it is too large"
         found.append(f"this will not fit: {peak}, a rank may take {size(forecast.available)}")
-    if not forecast.fits_probe and forecast.shape.rows > 1:
+    if not forecast.fits_probe and forecast.shape.rows > 1 and forecast.halves:
         found.append("micro-batches that do not fit are computed in halves: slower, the same result")
     if forecast.disk.needed > forecast.disk.free:
         found.append(
@@ -106,15 +113,20 @@ def refuse(forecast: Forecast) -> None:
     """Stop where the probe showed that the run would.
 
     Raises:
-        ValueError: memory ran out with micro-batches of one row, which cannot be smaller; names what would help.
+        ValueError: memory ran out with micro-batches of one row, which cannot be smaller, or where the engine does not
+            make them so; names what would help.
     """
-    if forecast.fits_probe or forecast.shape.rows > 1:
+    shape = forecast.shape
+    if forecast.fits_probe or (shape.rows > 1 and forecast.halves):
         return
-    helps = ", ".join(f"{lever.change} ({size(lever.peak)})" for lever in forecast.levers)
+    helps = [f"{lever.change} ({size(lever.peak)})" for lever in forecast.levers]
+    if shape.rows > 1 and not any("rows_per_micro_batch" in way for way in helps):
+        helps.insert(0, f"train.rows_per_micro_batch {shape.rows // 2} (the same losses)")
+    how_many = f"{shape.rows} rows" if shape.rows > 1 else "one row"
     raise ValueError(
-        f"out of memory: the largest micro-batch, one row of {forecast.shape.length} tokens with "
-        f"{forecast.shape.images} images, does not fit into {size(forecast.available)}. What would help, with the peak "
-        f"that is predicted for it: {helps or 'a larger device'}"
+        f"out of memory: the largest micro-batch, {how_many} of {shape.length} tokens with {shape.images} images, does "
+        f"not fit into {size(forecast.available)}. What would help, with the peak that is predicted for it: "
+        f"{', '.join(helps) or 'a larger device'}"
     )
 
 
