@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +177,21 @@ def pytest_collection_finish() -> None:
 def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What runs keep for later runs stays out of the home, also of scripts that are started."""
     os.environ["MLLM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+def forget_accelerate() -> None:
+    """Accelerate remembers for the whole process how it was first asked."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """Tests that follow may ask Accelerate for something else."""
+    yield
+    forget_accelerate()
 
 
 @pytest.fixture(scope="session")

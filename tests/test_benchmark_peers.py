@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from accelerate.state import AcceleratorState, GradientState
 
+from conftest import forget_accelerate
 from mllm.train import metrics
 from test_benchmark import RECIPES, run
 from turning import three_steps
@@ -58,8 +58,7 @@ def apart(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     os.environ.clear()
     os.environ.update(before)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget_accelerate()
 
 
 @pytest.fixture(scope="module")

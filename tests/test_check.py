@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import tarfile
@@ -17,19 +16,14 @@ from PIL import Image
 
 from conftest import picture, write_llava
 from mllm.data.curation.doctor.classes import CLASSES
+from scripts import load_script
 
-SCRIPT = Path(__file__).parents[1] / "data_scripts" / "check.py"
 Checked = tuple[int, str, dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("check", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("check")
 
 
 @pytest.fixture

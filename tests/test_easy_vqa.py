@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -11,18 +10,12 @@ import pytest
 
 from conftest import picture
 from mllm.data.formats.llava import read_llava
-
-ROOT = Path(__file__).parents[1]
+from scripts import load_script
 
 
 @pytest.fixture(scope="module")
 def converter() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("easy_vqa", ROOT / "data_scripts" / "easy_vqa.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("easy_vqa")
 
 
 @pytest.fixture

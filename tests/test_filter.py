@@ -1,100 +1,23 @@
-"""The filter removes what was planted and nothing else, says why, and gives the same scores however it is run."""
+"""The filter removes what was planted and nothing else, says why, and goes on where it was stopped."""
 
 from __future__ import annotations
 
-import importlib.util
-import io
 import json
-import os
-import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-import torch
-from accelerate.state import AcceleratorState, GradientState
-from PIL import Image, ImageOps
-from transformers import SiglipConfig, SiglipImageProcessor, SiglipModel
 
-from conftest import make_clip, make_image_processor, make_processor, make_tokenizer, picture
-from mllm.data.curation.filters import near, text
-from mllm.data.curation.filters.copies import first_copies, found_in
-from mllm.data.curation.filters.look import BYTES, look, stacked
+from conftest import make_processor, picture
+from filtering import caption, lines, painting, pictures, run, script, write
+from mllm.data.curation.filters import text
 from mllm.data.curation.filters.measure import Blocks
-from mllm.data.curation.filters.outside import Scores
 from mllm.data.curation.filters.rules import LIMITS, Rules
 from mllm.data.formats.captions import CaptionsSource
 from mllm.data.index import build_index
-from mllm.evaluate.clip_score import ClipScorer
 
-ROOT = Path(__file__).parents[1]
-SCRIPT = ROOT / "data_scripts" / "filter.py"
-Lines = list[dict[str, Any]]
-
-
-@pytest.fixture(autouse=True)
-def alone() -> Iterator[None]:
-    """Accelerate remembers for the whole process how it was first asked."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("filter_script", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules["filter_script"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script()
-
-
-def lines(path: Path) -> Lines:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def run(path: Path, out: Path, rules: Rules | None = None, **options: Any) -> dict[str, str]:
-    """The rule that removed each sample that is not kept."""
-    script.main(str(path), out, rules or Rules(), workers=0, **options)
-    return {line["id"]: line["rule"] for line in lines(out / "removed.jsonl")}
-
-
-def write(folder: Path, records: Lines, name: str = "data.jsonl") -> Path:
-    path = folder / name
-    texts = [json.dumps(record) for record in records]
-    path.write_text("[" + ",\n ".join(texts) + "]" if path.suffix == ".json" else "\n".join(texts) + "\n")
-    return path
-
-
-def caption(name: str, words: str = "a red circle", **more: Any) -> dict[str, Any]:
-    return {"id": name, "image": f"{name}.png", "caption": words, **more}
-
-
-def pictures(folder: Path, **images: Image.Image) -> Path:
-    """A data set of these pictures, in this order."""
-    for name, image in images.items():
-        image.save(folder / f"{name}.png")
-    return write(folder, [caption(name) for name in images])
-
-
-def painting(seed: int, size: tuple[int, int] = (120, 90)) -> Image.Image:
-    """Soft blots, since noise has no look that survives resizing."""
-    return picture(seed, (9, 7)).resize(size, Image.Resampling.BICUBIC)
-
-
-def jpeg(image: Image.Image, quality: int) -> Image.Image:
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=quality)
-    return Image.open(io.BytesIO(file.getvalue()))
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 # ------------------------------------------------------------------------------------------- rules of text and size
@@ -169,240 +92,6 @@ def test_images_are_judged_by_the_worst_and_text_alone_is_kept(tmp_path: Path) -
     assert also == ["max_aspect: aspect 8, most 3"]
 
 
-# ---------------------------------------------------------------------------------------------- copies and leakage
-
-
-def test_resized_and_recompressed_copies_are_found_and_the_first_is_kept(tmp_path: Path) -> None:
-    first = painting(1)
-    path = pictures(
-        tmp_path,
-        first=first,
-        half=first.resize((60, 45)),
-        square=first.resize((100, 100)),
-        compressed=jpeg(first, 20),
-        bright=first.point(lambda level: min(255, level * 1.05)),
-        other=painting(2),
-    )
-    removed = run(path, tmp_path / "out", Rules(duplicates=6))
-    assert removed == dict.fromkeys(["half#0", "square#0", "compressed#0", "bright#0"], "duplicates")
-    told = [line["reason"] for line in lines(tmp_path / "out" / "removed.jsonl")]
-    assert all(reason.endswith("first.png") for reason in told)
-
-
-def test_mirrored_turned_and_recoloured_pictures_are_other_pictures(tmp_path: Path) -> None:
-    first = painting(1)
-    red, green, blue = first.split()
-    others = {
-        "mirrored": ImageOps.mirror(first),
-        "turned": first.rotate(180),
-        "recoloured": Image.merge("RGB", (green, blue, red)),
-    }
-    assert run(pictures(tmp_path, first=first, **others), tmp_path / "out", Rules(duplicates=6)) == {}
-
-
-def test_grey_bits_alone_do_not_make_a_copy(tmp_path: Path) -> None:
-    red, green = (Image.new("RGB", (64, 64), colour) for colour in ("red", "green"))
-    assert look(red)[:8] == look(green)[:8]
-    assert run(pictures(tmp_path, red=red, green=green), tmp_path / "out", Rules(duplicates=6)) == {}
-
-
-def test_several_samples_about_one_file_are_no_copies_of_each_other(tmp_path: Path) -> None:
-    painting(1).save(tmp_path / "one.png")
-    painting(1, (60, 45)).save(tmp_path / "copy.png")
-    records = [{"id": str(n), "image": "one.png", "caption": f"caption {n}"} for n in range(3)]
-    records.append({"id": "copy", "image": "copy.png", "captions": ["one", "two"]})
-    records[:3] = [{**record, "captions": [record.pop("caption")]} for record in records[:3]]
-    assert set(run(write(tmp_path, records), tmp_path / "out", Rules(duplicates=6))) == {"copy#0", "copy#1"}
-
-
-def test_a_picture_is_not_lost_because_a_worse_copy_stood_first(tmp_path: Path) -> None:
-    path = pictures(tmp_path, tiny=painting(1, (30, 22)), whole=painting(1))
-    assert run(path, tmp_path / "out", Rules(duplicates=6, min_side=50)) == {"tiny#0": "min_side"}
-
-
-def looks_of_bits(numbers: list[int]) -> np.ndarray:
-    return stacked([number.to_bytes(8, "big") + bytes(BYTES - 8) for number in numbers])
-
-
-def test_a_chain_of_small_changes_is_not_one_picture() -> None:
-    chain = [(1 << bits) - 1 for bits in range(0, 30, 3)]  # each differs from the next in three bits
-    assert first_copies(looks_of_bits(chain), 3).tolist() == [-1, 0, -1, 2, -1, 4, -1, 6, -1, 8]
-
-
-@pytest.mark.parametrize("distance", [0, 2, 6])
-@pytest.mark.parametrize("sorting", [0.0, 1.0, 1e9])
-def test_near_pairs_are_those_of_all_comparisons(
-    monkeypatch: pytest.MonkeyPatch, distance: int, sorting: float
-) -> None:
-    monkeypatch.setattr(near, "SORTING", sorting)  # another price, another number of tables
-    monkeypatch.setattr(near, "AT_ONCE", 50)
-    random = np.random.default_rng(0)
-    numbers = random.integers(0, 2**64, 300, np.uint64)
-    flips = np.bitwise_or.reduce(np.uint64(1) << random.integers(0, 64, (300, distance + 1)).astype(np.uint64), axis=1)
-    numbers = np.concatenate([numbers, numbers ^ flips, numbers[:20]])
-    wanted = np.argwhere(np.bitwise_count(numbers[:400, None] ^ numbers[None]) <= distance)
-    found = {pair for pairs in near.near_pairs(numbers[:400], numbers, distance) for pair in zip(*pairs, strict=True)}
-    assert found == set(map(tuple, wanted))
-
-
-def test_few_tables_of_many_agreeing_blocks_are_taken_for_many_pictures() -> None:
-    counts = [len(near.masks(6, number, number)) for number in (100, 10**5, 10**6, 10**7)]
-    assert counts == sorted(counts)
-    assert counts[-1] <= near.MOST_TABLES
-
-
-def test_pictures_of_a_benchmark_are_removed_and_named(tmp_path: Path) -> None:
-    hidden = tmp_path / "benchmark" / "deep"
-    hidden.mkdir(parents=True)
-    jpeg(painting(3).resize((200, 150)), 60).save(hidden / "question7.jpg")
-    path = pictures(tmp_path, clean=painting(1), leaked=painting(3), leaked_again=painting(3, (80, 60)))
-    removed = run(path, tmp_path / "out", Rules(duplicates=6), benchmark=(tmp_path / "benchmark",))
-    assert removed == {"leaked#0": "benchmark", "leaked_again#0": "benchmark"}
-    assert lines(tmp_path / "out" / "removed.jsonl")[0]["reason"].endswith("deep/question7.jpg")
-
-
-def test_the_first_of_several_alike_is_the_one_that_is_named() -> None:
-    known = looks_of_bits([0b1000, 0b1, 0b0])
-    assert found_in(looks_of_bits([0b1, 0xFFFF]), known, 1).tolist() == [1, -1]
-    assert found_in(looks_of_bits([0b1, 0xFFFF]), known, 2).tolist() == [0, -1]
-
-
-def test_a_benchmark_without_images_or_with_a_broken_one_is_an_error(tmp_path: Path) -> None:
-    path, folder = pictures(tmp_path, one=painting(1)), tmp_path / "benchmark"
-    folder.mkdir()
-    with pytest.raises(ValueError, match="holds no images"):
-        run(path, tmp_path / "out", benchmark=(folder,))
-    (folder / "broken.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"broken\.png"):
-        run(path, tmp_path / "out", benchmark=(folder,))
-
-
-# ------------------------------------------------------------------------------------------------ scores from outside
-
-
-def score_files(folder: Path) -> dict[str, Path]:
-    """The same scores in every layout; `c` has none that is a number."""
-    table = {"a": 0.9, "b": 0.2, "c": None}
-    files = {"object": folder / "object.json", "parquet": folder / "0000.parquet"}
-    files["object"].write_text(json.dumps(table))
-    files["lines"] = write(folder, [{"id": name, "score": score} for name, score in table.items()], "scores.jsonl")
-    files["list"] = write(folder, [{"uid": name, "score": score} for name, score in table.items()], "scores.json")
-    words = [{"key": name, "image_text_matching_score": str(score or "n/a")} for name, score in table.items()]
-    pq.write_table(pa.Table.from_pylist(words), files["parquet"])  # as MLM-Filter writes them
-    return files
-
-
-@pytest.mark.parametrize("layout", ["object", "lines", "list", "parquet"])
-def test_scores_of_another_program_filter_whatever_their_layout(tmp_path: Path, layout: str) -> None:
-    (tmp_path / "scores").mkdir()
-    path = write(tmp_path, [caption(name) for name in "abcd"])
-    file = score_files(tmp_path / "scores")[layout]
-    removed = run(path, tmp_path / "out", Rules(min_score=0.5), scores=str(file))
-    assert removed == dict.fromkeys(["b#0", "c#0", "d#0"], "min_score")
-    reasons = [line["reason"] for line in lines(tmp_path / "out" / "removed.jsonl")]
-    assert reasons == ["score 0.2, least 0.5", "no score", "no score"]
-
-
-def test_scores_find_captions_by_their_record_and_members_of_tars_by_their_key(tmp_path: Path) -> None:
-    path = write(tmp_path, [{"key": "000001", "score": 1}, {"key": "b#1", "score": 2}, {"key": "b", "score": 3}])
-    scores = Scores(str(path))
-    found = [scores(id) for id in ("00000/000001#0", "b#1", "b#0", "x/b", "c")]
-    assert found == [1, 2, 3, 3, None]
-
-
-def test_scores_that_cannot_be_told_are_errors(tmp_path: Path) -> None:
-    several = write(tmp_path, [{"id": "a", "clip_score": 1, "other_score": 2}])
-    with pytest.raises(ValueError, match=r"row 0: several scores .*--score-key"):
-        Scores(str(several))
-    assert Scores(str(several), "clip_score")("a") == 1
-    with pytest.raises(ValueError, match="has the score 1 already"):
-        Scores(str(write(tmp_path, [{"id": "a", "score": 1}, {"id": "a", "score": 2}])))
-    with pytest.raises(ValueError, match="no id"):
-        Scores(str(write(tmp_path, [{"name": "a", "score": 1}])))
-
-
-# ------------------------------------------------------------------------------------------------------- CLIP scores
-
-
-def make_siglip() -> SiglipModel:
-    torch.manual_seed(0)
-    half = {"hidden_size": 24, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 1}
-    return SiglipModel(
-        SiglipConfig(
-            vision_config={**half, "image_size": 28, "patch_size": 14},
-            text_config={**half, "vocab_size": 384, "max_position_embeddings": 16, "projection_size": 24},
-        )
-    )
-
-
-@pytest.fixture(scope="module", params=["clip", "siglip"])
-def scoring(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as the Hub's, of a model that scores images and words."""
-    folder = tmp_path_factory.mktemp(request.param)
-    if request.param == "clip":
-        make_clip().save_pretrained(folder)
-        make_image_processor().save_pretrained(folder)
-    else:
-        make_siglip().save_pretrained(folder)
-        SiglipImageProcessor(size={"height": 28, "width": 28}).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
-
-
-def test_scores_are_the_logits_of_transformers_without_scale_and_bias(scoring: Path) -> None:
-    scorer = ClipScorer(str(scoring))
-    images, texts = [picture(n) for n in range(3)], ["a red circle", "two", "a very long caption " * 9]
-    scores = scorer([scorer.see(image) for image in images], texts)
-    model, window = scorer.model, scorer.model.config.text_config.max_position_embeddings
-    words = make_tokenizer()(texts, padding="max_length", truncation=True, max_length=window, return_tensors="pt")
-    pixels = torch.cat([scorer.see(image)["pixel_values"] for image in images])
-    with torch.no_grad():
-        logits = model(pixel_values=pixels, input_ids=words.input_ids, attention_mask=words.attention_mask)
-    bias = getattr(model, "logit_bias", torch.zeros(()))
-    scaled = torch.tensor(scores) * model.logit_scale.exp() + bias
-    torch.testing.assert_close(scaled, logits.logits_per_image.diagonal(), atol=1e-4, rtol=1e-4)
-
-
-def test_a_scored_data_set_is_cut_at_the_threshold(scoring: Path, tmp_path: Path) -> None:
-    path = pictures(tmp_path, **{f"p{n}": picture(n) for n in range(6)})
-    run(path, tmp_path / "out", clip=str(scoring))
-    scores = {line["id"]: line["clip"] for line in lines(tmp_path / "out" / "scores.jsonl")}
-    bound = sorted(scores.values())[2]
-    removed = run(path, tmp_path / "out", Rules(min_clip=bound), clip=str(scoring))
-    assert set(removed) == {name for name, score in scores.items() if score < bound}
-    assert len(removed) == 2
-
-
-def test_what_is_no_image_text_model_is_refused(hub: Path, tmp_path: Path) -> None:
-    path = pictures(tmp_path, one=picture(1))
-    with pytest.raises(ValueError, match="no image-text model at"):
-        run(path, tmp_path / "out", clip=str(tmp_path / "none"))
-    with pytest.raises(ValueError, match=r"image-text model|give a model such as CLIP"):
-        run(path, tmp_path / "out", clip=str(hub / "llm"))
-
-
-@pytest.mark.recipe
-def test_two_ranks_write_the_lists_of_one(tmp_path: Path) -> None:
-    make_clip().save_pretrained(tmp_path / "clip")
-    make_image_processor().save_pretrained(tmp_path / "clip")
-    make_tokenizer().save_pretrained(tmp_path / "clip")
-    path = pictures(tmp_path, **{f"p{n}": picture(n % 190) for n in range(200)})
-    clip, rules = str(tmp_path / "clip"), Rules(duplicates=6, min_clip=-1)
-    run(path, tmp_path / "one", rules, clip=clip)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
-    command += [str(path), "--out", str(tmp_path / "two"), "--clip", clip, "--duplicates", "6", "--min-clip", "-1"]
-    cpus = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}  # accelerate launch --cpu starts one
-    done = subprocess.run([*command, "--workers", "1"], env=cpus, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("kept") == 2  # only rank 0 speaks: the table, and the names of the files
-    said = {name: json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two")}
-    assert said["one"] == said["two"]
-    assert said["one"]["by_rule"] == {"duplicates": 10}
-    for file in ("kept.jsonl", "removed.jsonl", "scores.jsonl"):
-        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
-    assert len(list((tmp_path / "two" / "measured").glob("rank*.jsonl"))) == 2
-
-
 # ------------------------------------------------------------------------------------------------- ledger and resume
 
 
@@ -461,32 +150,6 @@ def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_lists(
     assert measured == [0, 1, 2, 2, 3]
     for name in ("kept.jsonl", "removed.jsonl", "scores.jsonl"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-
-
-def test_other_thresholds_measure_nothing_again_and_new_kinds_only_themselves(
-    scoring: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = pictures(tmp_path, **{f"p{n}": picture(n) for n in range(4)})
-    run(path, tmp_path / "out", Rules(min_clip=-1), clip=str(scoring))
-    scores = [line["clip"] for line in lines(tmp_path / "out" / "scores.jsonl")]
-    monkeypatch.setattr(ClipScorer, "cosines", None)
-    run(path, tmp_path / "out", Rules(min_clip=-1, duplicates=6, min_side=1), clip=str(scoring))
-    monkeypatch.setattr(Blocks, "__getitem__", None)
-    removed = run(path, tmp_path / "out", Rules(min_clip=1, min_side=20, duplicates=0), clip=str(scoring))
-    assert set(removed.values()) == {"min_clip"}
-    found = lines(tmp_path / "out" / "scores.jsonl")
-    assert [line["clip"] for line in found] == scores
-    assert found[0]["min_side"] == 32
-
-
-def test_scores_of_another_state_of_the_data_are_not_believed(tmp_path: Path) -> None:
-    path = write(tmp_path, [caption("a")])
-    run(path, tmp_path / "out")
-    write(tmp_path, [caption("a"), caption("b")])
-    with pytest.raises(ValueError, match=r"scores of something else \(not the same: files\).*--overwrite"):
-        run(path, tmp_path / "out")
-    run(path, tmp_path / "out", overwrite=True)
-    assert len(lines(tmp_path / "out" / "kept.jsonl")) == 2
 
 
 def test_overwriting_removes_no_files_of_others(tmp_path: Path) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import runpy
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,52 +15,22 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState, GradientState
 
 from conftest import make_clip, make_llm, make_processor, make_tokenizer, picture, write_llava
 from killing import Forked
 from mllm import stage as rooms
 from mllm.config import RunConfig, dump_config, load_config
-from mllm.data.formats.llava import LlavaSource
 from mllm.generate import Assistant
 from mllm.models.build import ModelConfig, build_model
 from mllm.train.settings import TrainConfig
 from mllm.train.stage_folder import save_stage
 from mllm.types import Mark, Message, Sample
+from recipe_runs import LAUNCH, ROOT, in_process, launch, lines, write_config
 from runs import on_two_ranks
 
-ROOT = Path(__file__).parent.parent
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu"]
 LLAVA15 = sorted((ROOT / "recipes" / "llava15").glob("*.yaml"))
 
 pytestmark = pytest.mark.recipe
-
-
-def write_config(folder: Path, hub: Path, data: Path, stage: str, **train: Any) -> Path:
-    """The YAML of one small stage, beside its output."""
-    config: dict[str, Any] = {
-        "data": {"sources": [{"format": "llava", "path": str(data)}], "seq_length": 96, "num_workers": 0},
-        "train": {
-            "output_dir": str(folder / stage),
-            "learning_rate": {"connector": 1e-2},
-            "steps": 3,
-            "rows_per_step": 2,
-            "audit": "quick",
-            **train,
-        },
-    }
-    if stage == "align":
-        config["model"] = {"vision_encoder": str(hub / "encoder"), "llm": str(hub / "llm")}
-    else:
-        config["init_from"] = str(folder / "align")
-    (folder / f"{stage}.yaml").write_text(yaml.safe_dump(config))
-    return folder / f"{stage}.yaml"
-
-
-def launch(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [*LAUNCH, f"recipes/{script}.py", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "ACCELERATE_USE_CPU": "true"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
 
 
 def test_one_command_trains_under_deepspeed_on_two_processes(
@@ -84,26 +52,6 @@ def test_one_command_trains_under_deepspeed_on_two_processes(
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
-def in_process(script: str, *arguments: object) -> int:
-    """The same script in this process: what it exits with."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    before = sys.argv
-    sys.argv = [script, *map(str, arguments)]
-    try:
-        runpy.run_path(str(ROOT / "recipes" / f"{script}.py"), run_name="__main__")
-        return 0
-    except SystemExit as ended:
-        if isinstance(ended.code, int):
-            return ended.code
-        print(ended.code, file=sys.stderr)  # as the interpreter would
-        return 1
-    finally:
-        sys.argv = before
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-
-
 def pretrained(config: Path, said: Path) -> int:
     """In a forked process that has the screen and the devices of `launch`: what it exits with."""
     os.environ.update(COLUMNS="200", ACCELERATE_USE_CPU="true")
@@ -123,10 +71,6 @@ def trained(hub: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     instruct = launch("finetune", "--config", write_config(folder, hub, data, "instruct", **more), "--train.steps", 4)
     assert instruct.returncode == 0, instruct.stderr[-3000:]
     return folder
-
-
-def lines(stage: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_two_stages_leave_whole_folders_and_finite_losses(trained: Path) -> None:
@@ -208,165 +152,6 @@ def test_two_processes_write_the_same_losses_as_one(trained: Path, hub: Path, tm
 def on_rank(rank: int, config: Path, folder: Path) -> None:
     """The script, as a launcher starts it on one of two gloo ranks."""
     assert pretrained(config, folder / f"rank-{rank}.txt") == 0
-
-
-# ---------------------------------------------------------------- the output folder
-
-
-@pytest.fixture
-def used(hub: Path, tmp_path: Path) -> Path:
-    """The YAML of a stage whose output folder holds a run, and a file of the user's."""
-    config = write_config(tmp_path, hub, write_llava(tmp_path), "align", save_every=2, steps=4)
-    assert in_process("pretrain", "--config", config) == 0
-    (tmp_path / "align" / "notes.txt").write_text("mine")
-    return config
-
-
-def test_used_output_folder_is_refused_with_one_line_and_left_alone(used: Path, capsys: Any) -> None:
-    before = {path: path.stat().st_mtime_ns for path in (used.parent / "align").rglob("*")}
-    capsys.readouterr()
-    assert in_process("pretrain", "--config", used) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: ")
-    assert said.count("\n") == 1
-    assert "--resume" in said
-    assert "--overwrite" in said
-    assert {path: path.stat().st_mtime_ns for path in (used.parent / "align").rglob("*")} == before
-
-
-def test_overwrite_starts_again_and_spares_foreign_files(used: Path) -> None:
-    before = lines(used.parent / "align")
-    assert in_process("pretrain", "--config", used, "--overwrite") == 0
-    assert (used.parent / "align" / "notes.txt").read_text() == "mine"
-    assert [line["loss"] for line in lines(used.parent / "align")] == [line["loss"] for line in before]
-
-
-def test_resume_goes_on_to_the_same_losses(used: Path) -> None:
-    before = lines(used.parent / "align")
-    shutil.rmtree(used.parent / "align" / "checkpoints" / "step-4")
-    (used.parent / "align" / "connector.safetensors").unlink()
-    assert in_process("pretrain", "--config", used, "--resume") == 0
-    assert [line["loss"] for line in lines(used.parent / "align")] == [line["loss"] for line in before]
-    Assistant.load(used.parent / "align")
-
-
-def test_resume_and_overwrite_together_are_refused(used: Path, capsys: Any) -> None:
-    assert in_process("pretrain", "--config", used, "--resume", "--overwrite") == 2
-    assert "give one of them" in capsys.readouterr().err
-
-
-def test_resume_where_nothing_is_saved_yet_starts_from_the_first_step_and_says_so(
-    hub: Path, tmp_path: Path, capsys: Any
-) -> None:
-    """The same command line from the first start on: a job may be killed before its first checkpoint."""
-    config = write_config(tmp_path, hub, write_llava(tmp_path), "align", save_every=2)
-    assert in_process("pretrain", "--config", config, "--resume") == 0
-    assert "nothing saved yet, from step 0" in capsys.readouterr().out
-    first = lines(tmp_path / "align")
-    shutil.rmtree(tmp_path / "align" / "checkpoints")
-    (tmp_path / "align" / "connector.safetensors").unlink()  # as if it had been killed in its first steps
-    assert in_process("pretrain", "--config", config, "--resume") == 0
-    assert "nothing saved yet, from step 0" in capsys.readouterr().out
-    assert [line["loss"] for line in lines(tmp_path / "align")] == [line["loss"] for line in first]
-
-
-def test_resume_of_a_finished_run_says_so_and_changes_nothing(used: Path, capsys: Any) -> None:
-    before = {path: path.stat().st_mtime_ns for path in (used.parent / "align").rglob("*")}
-    assert in_process("pretrain", "--config", used, "--resume") == 0
-    assert "is finished already" in capsys.readouterr().out
-    assert {path: path.stat().st_mtime_ns for path in (used.parent / "align").rglob("*")} == before
-
-
-def test_finished_run_is_made_longer_from_its_newest_checkpoint(used: Path, capsys: Any) -> None:
-    before = lines(used.parent / "align")
-    assert in_process("pretrain", "--config", used, "--resume", "--train.steps", 6) == 0
-    assert "going on from" in capsys.readouterr().out
-    assert lines(used.parent / "align")[:4] == before
-    assert [line["step"] for line in lines(used.parent / "align")] == [1, 2, 3, 4, 5, 6]
-    shutil.rmtree(used.parent / "align" / "checkpoints")
-    assert in_process("pretrain", "--config", used, "--resume", "--train.steps", 8) == 2
-    assert "nothing to resume" in capsys.readouterr().err
-    Assistant.load(used.parent / "align")
-
-
-def test_run_that_shall_be_shorter_than_its_checkpoints_is_refused_and_left_as_it_was(used: Path, capsys: Any) -> None:
-    before = {path: path.stat().st_mtime_ns for path in (used.parent / "align").rglob("*")}
-    assert in_process("pretrain", "--config", used, "--resume", "--train.steps", 3) == 2
-    assert "step-4 has 4 steps behind it, and the run shall have 3" in capsys.readouterr().err
-    assert {path: path.stat().st_mtime_ns for path in (used.parent / "align").rglob("*")} == before
-
-
-def test_resume_with_no_whole_checkpoint_is_an_error_that_names_each(used: Path, capsys: Any) -> None:
-    (used.parent / "align" / "connector.safetensors").unlink()
-    for step in (2, 4):
-        (used.parent / "align" / "checkpoints" / f"step-{step}" / "optimizer.pt").write_bytes(b"")
-    assert in_process("pretrain", "--config", used, "--resume") == 2
-    said = capsys.readouterr().err
-    assert "step-2: optimizer.pt has 0 bytes" in said
-    assert "step-4: optimizer.pt has 0 bytes" in said
-    assert len(lines(used.parent / "align")) == 4
-
-
-def test_output_folder_that_is_a_file_is_refused(hub: Path, tmp_path: Path, capsys: Any) -> None:
-    config = write_config(tmp_path, hub, write_llava(tmp_path), "align")
-    (tmp_path / "align").write_text("a file")
-    assert in_process("pretrain", "--config", config) == 2
-    assert "is a file" in capsys.readouterr().err
-
-
-def test_output_folder_that_may_not_be_written_is_one_line(hub: Path, tmp_path: Path, capsys: Any) -> None:
-    config = write_config(tmp_path, hub, write_llava(tmp_path), "align")
-    (tmp_path / "file").touch()
-    assert in_process("pretrain", "--config", config, "--train.output_dir", tmp_path / "file/align") == 2
-    assert "error: train.output_dir: " in capsys.readouterr().err
-
-
-def test_stage_may_not_overwrite_the_one_it_starts_from(used: Path, capsys: Any) -> None:
-    folder = used.parent / "align"
-    flags = ["--init_from", folder, "--train.output_dir", folder, "--overwrite"]
-    assert in_process("finetune", "--config", used, *flags) == 2
-    assert "init_from" in capsys.readouterr().err
-    Assistant.load(folder)
-
-
-def test_dry_run_writes_nothing(hub: Path, tmp_path: Path, capsys: Any) -> None:
-    config = write_config(tmp_path, hub, write_llava(tmp_path), "align")
-    before = sorted(tmp_path.rglob("*"))
-    assert in_process("pretrain", "--config", config, "--dry_run") == 0
-    told = capsys.readouterr().out
-    assert "what trains" in told
-    assert told.count("exports as LlavaForConditionalGeneration: its connector is Llava's\n") == 1
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_dry_run_tells_memory_time_and_disk_also_as_json(hub: Path, tmp_path: Path, capsys: Any) -> None:
-    config = write_config(tmp_path, hub, write_llava(tmp_path), "align", save_every=1)
-    assert in_process("pretrain", "--config", config, "--dry_run", "--json", tmp_path / "told.json") == 0
-    text = capsys.readouterr().out
-    for words in ("largest micro-batch", "a rank at the peak", "tokens/s", "activations", "checkpoints of"):
-        assert words in text
-    told = json.loads((tmp_path / "told.json").read_text())
-    assert told["memory_per_rank"]["peak"] == sum(told["memory_per_rank"]["parts"].values())
-    assert told["parts"]["connector"]["trained"] > 0 == told["parts"]["llm"]["trained"]
-    assert (told["steps"], told["visual_tokens_per_image"], told["fits"]) == (3, 4, True)
-    assert told["eta_seconds"] == pytest.approx(3 * told["seconds_per_step"])
-    assert not (tmp_path / "align").exists()
-
-
-def test_json_that_cannot_be_written_is_told_before_the_work(hub: Path, tmp_path: Path, capsys: Any) -> None:
-    config = write_config(tmp_path, hub, write_llava(tmp_path), "align")
-    assert in_process("pretrain", "--config", config, "--dry_run", "--json", tmp_path) == 2
-    assert f"error: --json {tmp_path} is a folder" in capsys.readouterr().err
-
-
-def test_dry_run_indexes_for_the_run_that_follows(hub: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    config = write_config(tmp_path, hub, write_llava(tmp_path), "align")
-    flags = ["--config", config, "--data.index_dir", tmp_path / "counts"]
-    assert in_process("pretrain", *flags, "--dry_run") == 0
-    (counts,) = (tmp_path / "counts").iterdir()
-    monkeypatch.setattr(LlavaSource, "scan", None)  # nobody may go through the file again
-    assert in_process("pretrain", *flags) == 0
-    assert list((tmp_path / "counts").iterdir()) == [counts]
 
 
 # ---------------------------------------------------------------- a user's mistakes

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -24,21 +22,12 @@ from mllm.data.index import Index, build_index
 from mllm.data.planning import advisor
 from mllm.evaluate.data_report.charts import ticks
 from mllm.evaluate.data_report.words import short
+from scripts import load_script
 
-SCRIPT = Path(__file__).parents[1] / "data_scripts" / "stats.py"
 UNCUT = 2**30
 
 
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("stats_script", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules["stats_script"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script()
+script = load_script("stats")
 
 
 def chats(path: Path, *pairs: tuple[str, str]) -> Path:

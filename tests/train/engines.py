@@ -9,8 +9,8 @@ import shutil
 from pathlib import Path
 
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 
+from conftest import forget_accelerate
 from mllm.train import engine as engines
 from mllm.train.engines.fsdp import TAKEN
 
@@ -19,8 +19,7 @@ CONFIGS = Path(__file__).parents[2] / "deepspeed_configs"
 
 def start(engine: str, folder: Path, precision: str = "no") -> Accelerator:
     """Never another engine in silence. `folder` holds the JSON of a ZeRO engine."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget_accelerate()
     for name in ("ACCELERATE_USE_CPU", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", TAKEN):
         os.environ.pop(name, None)
     if engine.startswith("zero"):

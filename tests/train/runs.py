@@ -14,11 +14,10 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from torch.multiprocessing import start_processes
 
-from conftest import make_model, make_processor, write_llava
+from conftest import forget_accelerate, make_model, make_processor, write_llava
 from mllm.data.formats.llava import LlavaSource
 from mllm.data.held_out import index_held_out
 from mllm.data.index import build_index
@@ -112,16 +111,14 @@ def as_rank(rank: int, port: int, function: Callable[..., None], *arguments: obj
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget_accelerate()
     function(rank, *arguments)
 
 
 def start_engine(engine: str, threshold: int = 0) -> Accelerator:
     """An accelerator as `accelerate launch` and the recipes make it: `ddp`, or a DeepSpeed file of the repository, by
     its name. Under stage 3 no weight is too small to be sharded."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget_accelerate()
     if engine == "ddp":
         return Accelerator(cpu=True)
     config = json.loads((DEEPSPEED / f"{engine}.json").read_text())
@@ -138,8 +135,10 @@ def start_engine(engine: str, threshold: int = 0) -> Accelerator:
 
 
 LORA = {"lora": Lora(rank=4, alpha=8), "learning_rate": LearningRates(connector=1e-2, llm=1e-2)}
+FULL = {"learning_rate": LearningRates(connector=1e-2, llm=1e-3, vision_encoder=1e-3)}
 
 __all__ = [
+    "FULL",
     "LORA",
     "assert_same_run",
     "chosen_model",
