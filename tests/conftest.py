@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,16 @@ from mllm.types import Mark, Message, Normalisation, Sample
 
 IMAGE_SIZE, PATCH, VISUAL_TOKENS = 28, 14, 4
 ENDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+TINY_LLM = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    **ENDS,
+}
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -98,19 +109,8 @@ def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedToken
 def make_llm(family: str = "llama", attention: str = "sdpa", seed: int = 0, **overrides: object) -> torch.nn.Module:
     """A random causal LLM of a stock class: two layers, width 32, grouped key-value heads."""
     torch.manual_seed(seed)
-    settings = {
-        "vocab_size": 384,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 512,
-        **ENDS,
-    }
     kind, own = LLM_CONFIGS[family]
-    config = kind(**{**settings, **own, **overrides})
+    config = kind(**{"vocab_size": 384, **TINY_LLM, **own, **overrides})
     return AutoModelForCausalLM.from_config(config, attn_implementation=attention)
 
 
@@ -192,6 +192,18 @@ def alone() -> Iterator[None]:
     """Tests that follow may ask Accelerate for something else."""
     yield
     forget_accelerate()
+
+
+def run_mllm(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> Any:
+    """A command of `mllm` in this process: 0, its exit code, or its one line of error."""
+    from mllm import cli
+
+    monkeypatch.setattr(sys, "argv", ["mllm", *map(str, arguments)])
+    try:
+        cli.main()
+        return 0
+    except SystemExit as ended:
+        return ended.code
 
 
 @pytest.fixture(scope="session")

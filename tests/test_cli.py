@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from conftest import make_processor, picture, write_llava
+from conftest import make_processor, picture, run_mllm, write_llava
 from mllm import cli
 from mllm.config import RunConfig, dump_config
 from mllm.data.images import open_image
@@ -45,13 +45,7 @@ def mllm(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> Callab
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
 
     def run(*arguments: object) -> tuple[Any, str]:
-        monkeypatch.setattr(sys, "argv", ["mllm", *map(str, arguments)])
-        try:
-            cli.main()
-            code: Any = 0
-        except SystemExit as ended:
-            code = ended.code
-        return code, capsys.readouterr().out
+        return run_mllm(monkeypatch, *arguments), capsys.readouterr().out
 
     return run
 

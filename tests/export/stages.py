@@ -26,7 +26,7 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from conftest import ENDS, IMAGE_SIZE, PATCH, make_clip, make_image_processor, make_processor, make_tokenizer
+from conftest import IMAGE_SIZE, PATCH, TINY_LLM, make_clip, make_image_processor, make_processor, make_tokenizer
 from mllm.config import RunConfig, dump_config
 from mllm.data.loader import DataConfig
 from mllm.data.processor import Processor
@@ -45,16 +45,6 @@ VISION = {
     "vit": (ViTConfig, ViTImageProcessor(size=SIDES)),
     "dinov2": (Dinov2Config, CLIPImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size=SIDES)),
     "registers": (Dinov2WithRegistersConfig, CLIPImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size=SIDES)),
-}
-WORDS = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 512,
-    **ENDS,
 }
 ROPE = {"rope_type": "default", "rope_theta": 5e5}
 """Not the default of any family: a reader that misses it computes something else."""
@@ -93,7 +83,7 @@ def make_parts(
     images.save_pretrained(folder / "encoder")
     kind, own = LLMS[llm]
     torch.manual_seed(2)
-    model = AutoModelForCausalLM.from_config(kind(**{"vocab_size": 384, **WORDS, **own, **changes}))
+    model = AutoModelForCausalLM.from_config(kind(**{"vocab_size": 384, **TINY_LLM, **own, **changes}))
     with torch.no_grad():
         for parameter in model.parameters():  # sharp enough that greedy answers differ from prompt to prompt
             parameter += 0.2 * torch.randn_like(parameter)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mllm import cli, oracle
+from conftest import run_mllm
+from mllm import oracle
 from mllm.data.loader import DataConfig
 from mllm.export import export
 from mllm.export.homes import find_home
@@ -69,19 +69,10 @@ def test_answer_before_training_is_what_export_decides(name: str, tmp_path: Path
     assert answers["llama.cpp"].loads == ("to gguf" in llama_cpp)
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> Any:
-    monkeypatch.setattr(sys, "argv", ["mllm", "info", *map(str, arguments)])
-    try:
-        cli.main()
-        return 0
-    except SystemExit as ended:
-        return ended.code
-
-
 def test_command_tells_parts_tokens_and_loaders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     make_parts(tmp_path)
     stage = make_stage(tmp_path, PixelShuffleConnector(), lora=True)
-    assert run(monkeypatch, stage) == 0
+    assert run_mllm(monkeypatch, "info", stage) == 0
     told = capsys.readouterr().out
     assert "1 visual tokens" in told
     assert (
@@ -89,7 +80,7 @@ def test_command_tells_parts_tokens_and_loaders(tmp_path: Path, monkeypatch: pyt
     )
     for word in ("transformers", "vLLM", "SGLang", "llama.cpp", "pixel_shuffle"):
         assert word in told
-    assert run(monkeypatch, stage, "--json") == 0
+    assert run_mllm(monkeypatch, "info", stage, "--json") == 0
     told = json.loads(capsys.readouterr().out)
     trained = {part["part"]: part["trained"] for part in told["parts"]}
     assert trained["vision_encoder"] == 0
@@ -103,11 +94,11 @@ def test_tiles_and_markers_have_a_range_of_tokens_and_no_home_elsewhere(
 ) -> None:
     make_parts(tmp_path, encoder="siglip")
     config = make_stage(tmp_path, data=DataConfig(tiles="dynamic", max_tiles=6)) / "config.yaml"
-    assert run(monkeypatch, config) == 0
+    assert run_mllm(monkeypatch, "info", config) == 0
     told = capsys.readouterr().out
     assert "4 to 28 visual tokens, in tiles of 4" in told
     assert "data.tiles: dynamic is not exported" in told
-    assert run(monkeypatch, config, "--json") == 0
+    assert run_mllm(monkeypatch, "info", config, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["visual_tokens_range"], found["exports_as"]) == ([4, 28], "nothing")
     assert not any(loader["loads"] for loader in found["loaders"])
@@ -121,7 +112,7 @@ def test_tiles_at_any_resolution_are_llava_nexts_and_their_tokens_follow_the_siz
 ) -> None:
     make_parts(tmp_path, encoder="siglip")
     stage = make_stage(tmp_path, data=DataConfig(tiles="anyres"))
-    assert run(monkeypatch, stage, "--json") == 0
+    assert run_mllm(monkeypatch, "info", stage, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["visual_tokens_range"], found["exports_as"]) == ([4, 24], "LlavaNextForConditionalGeneration")
     answers = {loader["loader"]: loader for loader in found["loaders"]}
@@ -132,7 +123,7 @@ def test_tiles_at_any_resolution_are_llava_nexts_and_their_tokens_follow_the_siz
     with pytest.raises(ValueError, match="tiles with a newline"):
         export(str(stage), tmp_path / "gguf", "gguf")
     pooled = make_stage(tmp_path, AvgPoolConnector(tokens=1), data=DataConfig(tiles="anyres"))
-    assert run(monkeypatch, pooled, "--json") == 0
+    assert run_mllm(monkeypatch, "info", pooled, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["visual_tokens_range"], found["exports_as"]) == ([1, 7], "remote code")
 
@@ -144,5 +135,5 @@ def load_adapter(stage: Path) -> dict[str, Any]:
 
 
 def test_model_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run(monkeypatch, "no/such-model").startswith("error: no such model")
-    assert run(monkeypatch, "nowhere.yaml").startswith("error: no config file nowhere.yaml")
+    assert run_mllm(monkeypatch, "info", "no/such-model").startswith("error: no such model")
+    assert run_mllm(monkeypatch, "info", "nowhere.yaml").startswith("error: no config file nowhere.yaml")

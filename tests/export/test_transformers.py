@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from conftest import run_mllm
 from data.families import FAMILIES
-from mllm import cli
 from mllm.data.loader import DataConfig
 from mllm.export import environments, export, reload
 from mllm.export.environments import HERE, Environment
@@ -209,21 +209,13 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made(tmp_path_factory.mktemp("parts"), {"encoder": "siglip", "llm": "qwen2"}, {"lora": True})
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> Any:
-    """`mllm export` in this process: 0, or its one line of error."""
-    monkeypatch.setattr(sys, "argv", ["mllm", "export", *map(str, arguments)])
-    try:
-        cli.main()
-        return 0
-    except SystemExit as ended:
-        return ended.code
-
-
 def test_command_proves_the_folder_in_a_fresh_process(
     stage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run(monkeypatch, stage, "--out", "out", "--dtype", "bfloat16") == 0  # a relative path, as people give them
+    assert (
+        run_mllm(monkeypatch, "export", stage, "--out", "out", "--dtype", "bfloat16") == 0
+    )  # a relative path, as people give them
     told = capsys.readouterr().out
     assert "LlavaForConditionalGeneration" in told
     assert "proven: transformers 5" in told
@@ -234,14 +226,14 @@ def test_command_proves_the_folder_in_a_fresh_process(
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
     assert not list(tmp_path.glob("*.partial"))
     # a second time the folder is used
-    assert "not empty: --overwrite replaces it" in run(monkeypatch, stage, "--out", tmp_path / "out")
+    assert "not empty: --overwrite replaces it" in run_mllm(monkeypatch, "export", stage, "--out", tmp_path / "out")
 
 
 def test_folder_that_says_something_else_is_refused(
     stage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mllm.export.llava.select_strategy", lambda trained: "default")  # SigLIP has no class token
-    ended = run(monkeypatch, stage, "--out", tmp_path / "out")
+    ended = run_mllm(monkeypatch, "export", stage, "--out", tmp_path / "out")
     assert ended.startswith("error: not exported: transformers 5")
     assert not (tmp_path / "out").exists()
     report = json.loads((tmp_path / "out.refused" / "export.json").read_text())
