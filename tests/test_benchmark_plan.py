@@ -16,9 +16,9 @@ import torch
 RECIPES = Path(__file__).parents[1] / "recipes"
 sys.path.append(str(RECIPES))
 
-from benchmarks import planning, resuming, training  # noqa: E402
+from benchmarks import chatting, planning, resuming, training  # noqa: E402
 from benchmarks.configurations import configurations  # noqa: E402
-from benchmarks.page import tables  # noqa: E402
+from benchmarks.page import read_results, tables  # noqa: E402
 from benchmarks.planning import NO_TIME, Schedule, arranged, paid, price  # noqa: E402
 from benchmarks.report import machine  # noqa: E402
 from benchmarks.stopwatch import Budget, Enough, Stopwatch  # noqa: E402
@@ -157,6 +157,14 @@ def test_figures_of_this_machine_and_this_code_are_gone_on_with(tmp_path: Path) 
 def test_figures_of_elsewhere_are_refused(tmp_path: Path, own: dict[str, Any], why: str) -> None:
     with pytest.raises(ValueError, match=why):
         resuming.earlier(written(tmp_path / "out.json", **own), machine())
+
+
+def test_chat_is_complete_where_every_way_of_every_size_has_figures() -> None:
+    found = read_results()["chat-h200"]
+    assert chatting.is_complete(found, chatting.ON_GPU)
+    found["7B"]["ways"]["recorded"] = {"error": "out of memory"}
+    assert not chatting.is_complete(found, chatting.ON_GPU)
+    assert chatting.is_complete(found, {"1.5B": "so400m-384"})
 
 
 def test_a_change_of_the_code_changes_its_fingerprint(tmp_path: Path) -> None:
