@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from mllm import __version__
 from mllm.conversation import COMMANDS, Answers, Talk, question, say
 from mllm.quiet import quiet_libraries
 from mllm.types import Video
@@ -238,6 +239,8 @@ def main() -> None:
         "info": info,
         "push": push,
     }
+    if sys.argv[1:] == ["--version"]:
+        return print(f"mllm {__version__}")
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="mllm", description=(__doc__ or "").splitlines()[0])
     except (ValueError, OSError) as error:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,15 @@ def test_help_names_every_command_and_every_flag_has_its_words(mllm) -> None:
 
 
 # ---------------------------------------------------------------- which model
+
+
+def test_version_is_that_of_the_package(mllm) -> None:
+    assert mllm("--version") == (0, f"mllm {version('mllm')}\n")
+
+
+def test_module_is_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "mllm", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"mllm {version('mllm')}\n"
 
 
 def test_without_any_model_one_line_says_how_to_get_one(mllm) -> None:
