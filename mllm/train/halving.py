@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 
@@ -115,3 +115,14 @@ def needed(batch: Batch, first: int, last: int) -> int:
     columns = used.any(0).nonzero()
     end = int(columns[-1]) + 1 if len(columns) else 1
     return min(-(-end // MULTIPLE) * MULTIPLE, batch["input_ids"].shape[1])
+
+
+def stop_out_of_memory(rows: int, where: Sequence[str], error: BaseException | None = None) -> NoReturn:
+    """End the run with the setting to change."""
+    named = f"in the micro-batch of {', '.join(where)}"
+    if rows > 1:
+        raise ValueError(
+            f"out of memory with {rows} rows at a time, {named}: set train.rows_per_micro_batch {rows // 2} (the same "
+            f"losses; halving in the run itself needs one process or DDP), or {LEVERS}"
+        ) from error
+    raise ValueError(f"out of memory with a single row, {named}: {LEVERS}") from error

@@ -13,9 +13,9 @@ before the gradients travel. From the second every rank knows alike whether the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -23,8 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mllm.train import engine
 from mllm.train.engines import zero
+from mllm.train.engines.ddp import average_gradients
 from mllm.train.guard import Guard
-from mllm.train.halving import LEVERS, Room
+from mllm.train.halving import Room, stop_out_of_memory
 from mllm.train.inputs import StepInputs
 from mllm.train.losses import NextToken, Reduction, weight_sum
 from mllm.train.sums import Sums, global_sums
@@ -33,8 +34,6 @@ from mllm.types import Batch
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-BUCKET = 25 * 2**20
-"""Bytes of gradients that travel together: as many as DDP sends at once."""
 Beat = Callable[..., None]
 
 
@@ -227,39 +226,3 @@ def on_host(found: Sequence[Found]) -> list[Found]:
     flat = torch.cat([part.double() for _, loss, losses in found for part in (loss.view(1), losses)]).cpu()
     parts = flat.split(sizes)
     return [(batch, part[0], part[1:]) for (batch, _, _), part in zip(found, parts, strict=True)]
-
-
-def stop_out_of_memory(rows: int, where: Sequence[str], error: BaseException | None = None) -> NoReturn:
-    """End the run with the setting to change."""
-    named = f"in the micro-batch of {', '.join(where)}"
-    if rows > 1:
-        raise ValueError(
-            f"out of memory with {rows} rows at a time, {named}: set train.rows_per_micro_batch {rows // 2} (the same "
-            f"losses; halving in the run itself needs one process or DDP), or {LEVERS}"
-        ) from error
-    raise ValueError(f"out of memory with a single row, {named}: {LEVERS}") from error
-
-
-def average_gradients(objective: nn.Module) -> None:
-    """What DDP does in the last backward pass, after it: gradients become their mean over the ranks."""
-    world_size = torch.distributed.get_world_size()
-    for bucket in buckets([p for p in objective.parameters() if p.requires_grad]):
-        together = torch.cat([p.grad.flatten() for p in bucket if p.grad is not None]).div_(world_size)
-        torch.distributed.all_reduce(together)
-        for parameter, part in zip(bucket, together.split([p.numel() for p in bucket]), strict=True):
-            parameter.grad = part.view_as(parameter)
-
-
-def buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Parameters whose gradients travel together: of one type, up to a size."""
-    bucket: list[nn.Parameter] = []
-    size = 0
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        if bucket and (parameter.dtype != bucket[0].dtype or size > BUCKET):
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(parameter)
-        size += parameter.numel() * parameter.element_size()
-    if bucket:
-        yield bucket

@@ -18,7 +18,7 @@ from conftest import make_processor, picture
 from mllm.data.formats.llava import LlavaSource
 from mllm.data.formats.messages import MessagesSource
 from mllm.data.images import image_size, open_image
-from mllm.data.imaging import videos
+from mllm.data.imaging import video_streams, videos
 from mllm.data.imaging.sampling import uniform
 from mllm.data.index import build_index
 from mllm.data.loader import Examples
@@ -117,7 +117,7 @@ def test_camera_held_upright_turns_frames_and_their_size(tmp_path: Path) -> None
 
 
 def test_large_frames_are_shrunk_as_promised(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(videos, "LONGEST", 40)
+    monkeypatch.setattr(video_streams, "LONGEST", 40)
     for drawn in (draw_video(tmp_path / "a.mp4", 2, (120, 60)), draw_gif(tmp_path / "a.gif", 2, (120, 60))):
         assert {open_image(image).size for image in framed(drawn)} == {image_size(framed(drawn)[0])} == {(40, 20)}
 
@@ -165,7 +165,7 @@ def test_noise_in_a_file_ends_in_frames_or_in_a_clear_error(tmp_path: Path) -> N
 
 
 def test_frames_larger_than_memory_are_refused_before_they_are_decoded(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(videos, "MAX_PIXELS", 1000)
+    monkeypatch.setattr(video_streams, "MAX_PIXELS", 1000)
     with pytest.raises(ValueError, match="cannot read video"):
         framed(draw_video(tmp_path / "clip.mp4", 2))
 
