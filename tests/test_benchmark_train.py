@@ -26,7 +26,7 @@ from benchmarks.drawn_training import Drawing, draw  # noqa: E402
 from benchmarks.page import PAGE, README, filled, markdown, put, quoted, read_results, tables  # noqa: E402
 from benchmarks.sizes import LLMS, draw_model  # noqa: E402
 from benchmarks.stopwatch import ROOMS, Budget, Enough, Stopwatch  # noqa: E402
-from benchmarks.training_report import HEADS, compared, lines, rate_table, room_lines  # noqa: E402
+from benchmarks.training_report import HEADS, compared, lines, rate_table, remarks, room_lines  # noqa: E402
 from mllm.data.loader import PlannedBatches, Share, batches  # noqa: E402
 from mllm.data.plan import Plan  # noqa: E402
 from mllm.train.forecasting.flops import needed  # noqa: E402
@@ -299,6 +299,15 @@ def test_the_page_is_made_of_its_files() -> None:
 def test_a_page_without_a_place_for_a_file_is_refused() -> None:
     with pytest.raises(ValueError, match=r"0 blocks <!-- cpu --> for cpu\.json"):
         put("words", "cpu", "tables")
+
+
+def test_a_step_far_slower_than_the_others_is_told() -> None:
+    rows = {
+        "even": {"each": {"seconds": [1.0, 2.0, 3.0], "positions": [10, 20, 30]}},
+        "chance": {"each": {"seconds": [1.0, 1.1, 4.0], "positions": [10, 10, 10]}},
+        "kept": {"tokens_per_second": 1.0},
+    }
+    assert remarks({"rows": rows}) == " Steps far slower than the median: chance (1 of 3)."
 
 
 def test_configurations_without_time_are_named_and_have_no_row() -> None:

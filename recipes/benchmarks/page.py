@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from benchmarks.peers_report import facts_table, peers_table
-from benchmarks.training_report import count_table, rate_table, ratio_table, room_table, unmeasured
+from benchmarks.training_report import count_table, rate_table, ratio_table, remarks, room_table
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[2] / "BENCHMARKS.md"
@@ -104,9 +104,9 @@ def origin(found: dict[str, Any]) -> str:
         else ""
     )
     ceiling += " A rehearsal at tiny sizes: its figures say nothing." if found.get("rehearsal") else ""
-    late = f" No time was left for {', '.join(unmeasured(found))}." if "rows" in found and unmeasured(found) else ""
+    read = remarks(found) if "rows" in found else ""
     calls = f" In {found['calls']} calls, of which this was the last." if found.get("calls", 1) > 1 else ""
-    return f"{where}; {libraries}; {machine['date']}: `{machine['command']}`.{ceiling}{calls}{late}\n"
+    return f"{where}; {libraries}; {machine['date']}: `{machine['command']}`.{ceiling}{calls}{read}\n"
 
 
 def read_results(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:

@@ -6,6 +6,7 @@ can do, its memory and how it compares with the one beside it; and where the tim
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable
 from typing import Any
 
@@ -32,6 +33,29 @@ def lines(found: dict[str, Any]) -> list[Cells]:
 def unmeasured(found: dict[str, Any]) -> list[str]:
     """Configurations for which no time was left."""
     return [name for name, row in found["rows"].items() if row.get("error", "").startswith(NO_TIME)]
+
+
+STRAGGLES = 2.5
+"""Times the median of its row that a step takes for a position, from which on it is told."""
+
+
+def stragglers(found: dict[str, Any]) -> list[str]:
+    """Rows in which a timed step took far longer than the others for what it computed: by chance, for all we know, and
+    then medians are to be believed, not sums."""
+    told = []
+    for name, row in found["rows"].items():
+        each = row.get("each", {"seconds": [], "positions": []})
+        paces = [seconds / positions for seconds, positions in zip(each["seconds"], each["positions"], strict=True)]
+        if slow := sum(pace > STRAGGLES * statistics.median(paces) for pace in paces):
+            told.append(f"{name} ({slow} of {len(paces)})")
+    return told
+
+
+def remarks(found: dict[str, Any]) -> str:
+    """What must be known to read the table."""
+    late, slow = unmeasured(found), stragglers(found)
+    words = f" No time was left for {', '.join(late)}." if late else ""
+    return words + (f" Steps far slower than the median: {', '.join(slow)}." if slow else "")
 
 
 def line(name: str, row: dict[str, Any], found: dict[str, Any]) -> Cells:
@@ -138,8 +162,7 @@ def count_table(found: dict[str, Any]) -> Table:
 def rate_table(found: dict[str, Any]) -> Table:
     """For the screen."""
     table = screen("stage 1 and 2: real tokens a second", HEADS, lines(found))
-    if late := unmeasured(found):
-        table.caption = f"no time was left for {', '.join(late)}"
+    table.caption = remarks(found).strip() or None
     return table
 
 
