@@ -31,6 +31,7 @@ from rich.table import Table
 from benchmarks.report import fill_table, machine, rate_table
 from benchmarks.resuming import earlier, fingerprint, with_figures
 from mllm.quiet import quiet_libraries
+from mllm.writable import check_file
 
 CHAT_MINUTES, TINY_CHAT_MINUTES = 1.5, 0.3
 """Of `gpu`: on a GPU, and in a rehearsal."""
@@ -54,6 +55,7 @@ def data(
         repeats: How often each way is timed, in turn with the others.
         lengths: Samples of each mix of lengths that are packed.
     """
+    check_place(json_path)
     for name, value in {"samples": samples, "repeats": repeats, "lengths": lengths}.items():
         if value < 1:
             sys.exit(f"--{name} is {value}: give a positive number")
@@ -94,6 +96,7 @@ def train(
             what is missing.
         tiny: Without a GPU, go through the configurations of a GPU all the same, at tiny sizes: a rehearsal.
     """
+    check_place(json_path)
     for name, value in {"minutes": minutes, "pairs": pairs}.items():
         if value <= 0:
             sys.exit(f"--{name} is {value}: give a positive number")
@@ -156,6 +159,7 @@ def chat(
         only: LLMs to measure; all where none is named.
         resume: Measure nothing where the `--json` file has all figures, of this machine and this code.
     """
+    check_place(json_path)
     if tokens < 5 or repeats < 1:
         sys.exit(f"--tokens is {tokens}, --repeats {repeats}: give at least 5 and 1")
     quiet_libraries()
@@ -183,6 +187,7 @@ def peers(json_path: Annotated[Path | None, tyro.conf.arg(name="json")] = None, 
         json_path: File to write the numbers to.
         steps: Optimiser steps that are timed.
     """
+    check_place(json_path)
     if steps < 1:
         sys.exit(f"--steps is {steps}: give a positive number")
     quiet_libraries()
@@ -266,6 +271,15 @@ def go_on(json_path: Path | None) -> dict[str, Any] | None:
     """What the process before this one has found."""
     told = os.environ.get(GOES_ON)
     return json.loads(Path(told).read_text()) if told and told == str(json_path) else None
+
+
+def check_place(json_path: Path | None) -> None:
+    """Minutes of measuring must not end in a file that cannot be written."""
+    try:
+        if json_path:
+            check_file(json_path, "--json")
+    except ValueError as error:
+        sys.exit(str(error))
 
 
 def write(json_path: Path | None, found: dict[str, Any]) -> None:

@@ -58,6 +58,14 @@ def test_a_number_below_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         run(monkeypatch, "data", "--repeats", 0)
 
 
+@pytest.mark.parametrize("subject", ["data", "train", "chat", "peers"])
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_measured(
+    subject: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit, match="--json .* is a folder: name a file"):
+        run(monkeypatch, subject, "--json", tmp_path)
+
+
 def test_by_hand_the_same_pixels_and_tokens_are_made(drawn: Drawn) -> None:
     processor = drawn.processor
     for sample, record in zip(read_llava(drawn.json), json.loads(drawn.json.read_text()), strict=True):
