@@ -62,7 +62,7 @@ def test_a_number_below_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_place_that_cannot_be_written_is_refused_before_anything_is_measured(
     subject: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(SystemExit, match="--json .* is a folder: name a file"):
+    with pytest.raises(SystemExit, match=r"--json .* is a folder: name a file"):
         run(monkeypatch, subject, "--json", tmp_path)
 
 
