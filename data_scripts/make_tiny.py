@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
-import tyro
 from rich.progress import track
 
+from mllm.data.curation.door import run
 from shapes.one_of_several import MOST_TOGETHER, ask_about, opening
 from shapes.questions import Asker, Question
 from shapes.scenes import ALL_PAIRS, HELD_OUT, TRAIN_PAIRS, Scene, draw_scene, paint
@@ -177,6 +178,8 @@ def main(
     """
     if not 1 <= images_per_question <= MOST_TOGETHER:
         raise ValueError(f"--images-per-question {images_per_question}: expected 1 to {MOST_TOGETHER}")
+    if images < 1 or held_out_images < 1:
+        raise ValueError(f"--images {images} and --held-out-images {held_out_images}: expected at least 1 of each")
     folder = Folder(out, seed)
     make_train(folder, images, train_questions)
     for split in ("plain", "compositional"):
@@ -191,4 +194,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(run(main, None))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -174,6 +175,21 @@ def test_held_out_pairs_stay_out_of_pictures_that_are_shown_together(several: Pa
 def test_numbers_of_pictures_that_cannot_all_differ_are_refused(tmp_path: Path, together: int) -> None:
     with pytest.raises(ValueError, match="expected 1 to 4"):
         make_tiny.main(tmp_path, **SIZES, images_per_question=together)
+
+
+def test_no_pictures_at_all_are_a_mistake_in_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, make_tiny.__file__, "--out", str(tmp_path / "data"), "--images", "0"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.splitlines()[-1][:18]) == (2, "error: --images 0 ")
+    assert not (tmp_path / "data").exists()
+
+
+def test_parts_without_their_data_are_a_mistake_in_one_line(tmp_path: Path) -> None:
+    script = Path(make_tiny.__file__).parents[1] / "recipes/tiny/parts.py"
+    command = [sys.executable, str(script), "--data", str(tmp_path / "none"), "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.splitlines()[-1][:9]) == (2, "error: no")
+    assert "data_scripts/make_tiny.py" in done.stderr
 
 
 def test_too_few_pictures_to_be_shown_together_are_an_error_in_words(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -22,10 +23,9 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"  # two trainings on two cores; a second thread each would only spin
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the two processes are forked
 
-import tyro
-
 from clip import EncoderConfig, train_clip
 from llm import train_llm
+from mllm.data.curation.door import run
 from vocabulary import train_tokenizer
 
 
@@ -38,6 +38,10 @@ def main(data: Path, out: Path, encoder: EncoderConfig = EncoderConfig(), llm_st
         encoder: Shape and training of the vision encoder.
         llm_steps: Steps of the LLM.
     """
+    if not (data / "texts.jsonl").is_file():
+        raise ValueError(
+            f"no {data / 'texts.jsonl'}: draw the data first, python data_scripts/make_tiny.py --out {data}"
+        )
     started = time.perf_counter()
     train_tokenizer(data).save_pretrained(out / "llm")
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("fork")) as pool:
@@ -50,4 +54,4 @@ def main(data: Path, out: Path, encoder: EncoderConfig = EncoderConfig(), llm_st
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(run(main, None))
