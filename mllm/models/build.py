@@ -53,7 +53,7 @@ class ModelConfig(Schema):
     """The LLM's attention kernel; all isolate packed samples. `varlen` (torch's own, of FlashAttention), `flash`
     (flash-attn) and `flex` (FlexAttention) compute no pairs of tokens of different samples, on CUDA devices; nor does
     `by_sample`, sdpa on one sample after the other, on CPUs; `sdpa` and `eager` run anywhere. `auto` takes the first of
-    these that the machine and the LLM can: on a CPU sdpa."""
+    these that the machine and the LLM can: on a CPU sdpa, or eager (Gemma 2)."""
     quantisation: Literal["nf4"] | None = None
     """Four bits a weight for the LLM's linear layers (NF4, bitsandbytes): a frozen LLM, or QLoRA with `train.lora`."""
     random_weights: bool = False

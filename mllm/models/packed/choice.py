@@ -3,7 +3,8 @@
 Enters: the setting and the LLM's config. Leaves: a name for transformers, or a `ValueError` before the first step.
 
 `auto` takes the first that this machine and this LLM can: torch's `varlen`, flash-attn's `flash`, FlexAttention
-(`flex`), and `sdpa`, which masks all pairs of a row. On a CPU it is sdpa; `by_sample` is faster there, the more so the
+(`flex`), and `sdpa`, which masks all pairs of a row, or `eager` where sdpa would leave out what the LLM does to its
+scores (Gemma 2 caps them). On a CPU it is one of the last two; `by_sample` is faster there, the more so the
 longer a row is than its samples, and differs from it in rounding.
 """
 
@@ -40,13 +41,14 @@ def implementation(choice: Attention, config: Any) -> str:
 
 def best(config: Any) -> Attention:
     """The first that can: for training, since who generates is served by sdpa behind the kernels' names too."""
+    own: Attention = "eager" if beyond_sdpa(config) else "sdpa"
     if not torch.cuda.is_available():
-        return "sdpa"
+        return own
     kernels: tuple[Attention, ...] = ("varlen", "flash")
     for kernel in kernels:
         if not obstacles(kernel, config):
             return kernel
-    return "flex" if beyond_sdpa(config) and getattr(llm_class(config), "_supports_flex_attn", False) else "sdpa"
+    return "flex" if own == "eager" and getattr(llm_class(config), "_supports_flex_attn", False) else own
 
 
 def beyond_sdpa(config: Any) -> bool:
