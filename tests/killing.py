@@ -12,6 +12,7 @@ import os
 import random
 import re
 import signal
+import sys
 import time
 import traceback
 from collections import Counter
@@ -65,6 +66,7 @@ class Forked:
             screen = os.open(said, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
             os.dup2(screen, 1)
             os.dup2(screen, 2)
+            sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1, closefd=False)
             code = 1
             try:
                 function()
@@ -72,8 +74,9 @@ class Forked:
             except SystemExit as ended:
                 code = int(ended.code or 0)
             except BaseException:
-                os.write(2, traceback.format_exc().encode())
+                traceback.print_exc()
             finally:
+                sys.stdout.flush()
                 os._exit(code)
 
     def poll(self) -> int | None:

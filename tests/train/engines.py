@@ -8,6 +8,7 @@ import os
 import shutil
 from pathlib import Path
 
+import pytest
 from accelerate import Accelerator
 
 from conftest import forget_accelerate
@@ -44,6 +45,13 @@ def config_that_shards_all(engine: str) -> str:
     if "stage3_param_persistence_threshold" in config["zero_optimization"]:
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     return json.dumps(config)
+
+
+def make_ready(engine: str, folder: Path) -> None:
+    """What `start` needs of a ZeRO engine, every weight sharded; skips the test where DeepSpeed is not installed."""
+    if engine.startswith("zero"):
+        pytest.importorskip("deepspeed", reason="deepspeed is not installed: pip install 'mllm[deepspeed]'")
+        (folder / f"{engine}.json").write_text(config_that_shards_all(engine))
 
 
 def with_text_only(path: Path) -> Path:

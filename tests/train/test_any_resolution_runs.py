@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from conftest import make_model, picture
-from engines import config_that_shards_all, start, with_text_only
+from engines import make_ready, start, with_text_only
 from mllm.data.processor import Processor
 from mllm.models.image_newline import ImageNewline
 from mllm.train.stage_folder import NEWLINE, save_stage
@@ -64,9 +64,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "engine", ["zero3", *(pytest.param(name, marks=pytest.mark.long) for name in ("ddp", "zero2", "fsdp2"))]
 )
 def test_two_ranks_leave_the_losses_the_newline_and_the_connector_of_one_process(one: Path, engine: str) -> None:
-    if engine.startswith("zero"):
-        pytest.importorskip("deepspeed", reason="deepspeed is not installed: pip install 'mllm[deepspeed]'")
-        (one / f"{engine}.json").write_text(config_that_shards_all(engine))
+    make_ready(engine, one)
     on_two_ranks(on_rank, engine, one / "data.json", one)
     assert_same_run(one / "one", one / engine)
 

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from conftest import make_clip, make_image_processor, make_processor
-from engines import config_that_shards_all, start, with_text_only
+from engines import make_ready, start, with_text_only
 from mllm.models.vision_encoder import VisionEncoder, final_norm
 from mllm.train.stage_folder import save_stage
 from mllm.train.trainable import LearningRates, choose_trainable
@@ -38,9 +38,7 @@ def on_rank(rank: int, engine: str, data: Path, folder: Path) -> None:
 
 @pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2"])
 def test_two_ranks_train_the_norm_as_one_process_does(engine: str, tmp_path: Path) -> None:
-    if engine == "zero3":
-        pytest.importorskip("deepspeed", reason="deepspeed is not installed: pip install 'mllm[deepspeed]'")
-        (tmp_path / "zero3.json").write_text(config_that_shards_all("zero3"))
+    make_ready(engine, tmp_path)
     data = with_text_only(write_llava(tmp_path, 12))
     train(data, tmp_path / "one")
     on_two_ranks(on_rank, engine, data, tmp_path)

@@ -15,7 +15,7 @@ import yaml
 from accelerate import Accelerator
 
 from conftest import make_processor
-from engines import CONFIGS, at_step_2, config_that_shards_all, start, with_text_only
+from engines import CONFIGS, at_step_2, make_ready, start, with_text_only
 from mllm.models.multimodal import MultimodalLM
 from mllm.train import engine as engines
 from mllm.train.engines import fsdp
@@ -142,8 +142,7 @@ def test_run_of_one_process_goes_on_under_fsdp2_and_back(runs: Path, what: str, 
 
 
 def test_run_goes_from_fsdp2_to_zero3(runs: Path) -> None:
-    pytest.importorskip("deepspeed", reason="deepspeed is not installed: pip install 'mllm[deepspeed]'")
-    (runs / "zero3.json").write_text(config_that_shards_all("zero3"))
+    make_ready("zero3", runs)
     on_two_ranks(zero3_on_rank, runs / "data.json", runs)
     for what in EXACT:
         assert_same_run(runs / "one" / what, runs / "zero3" / what)

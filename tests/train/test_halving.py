@@ -13,7 +13,7 @@ from torch import nn
 
 import mllm.train.loop
 from conftest import make_processor, make_sample
-from engines import config_that_shards_all, start
+from engines import make_ready, start
 from mllm.data.collate import collate
 from mllm.data.packing import join
 from mllm.train.halving import Room, split
@@ -219,7 +219,6 @@ def on_rank_of_zero(rank: int, engine: str, data: Path, folder: Path) -> None:
 
 @pytest.mark.recipe
 def test_run_under_zero_stops_with_the_setting_to_change(tmp_path: Path) -> None:
-    pytest.importorskip("deepspeed", reason="deepspeed is not installed: pip install 'mllm[deepspeed]'")
-    (tmp_path / "zero2.json").write_text(config_that_shards_all("zero2"))
+    make_ready("zero2", tmp_path)
     on_two_ranks(on_rank_of_zero, "zero2", write_llava(tmp_path, 12), tmp_path)
     assert [(tmp_path / f"zero2-{rank}.txt").read_text() for rank in (0, 1)] == ["stopped", "stopped"]

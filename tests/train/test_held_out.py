@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 
 from conftest import make_model, make_processor, picture, write_llava
-from engines import config_that_shards_all
+from engines import make_ready
 from engines import start as start_engine
 from mllm.config import RunConfig, validate
 from mllm.data.collate import collate
@@ -160,9 +160,7 @@ def ranks_config(folder: Path) -> Any:
 
 @pytest.mark.parametrize("engine", ["ddp", "zero3", pytest.param("fsdp2", marks=pytest.mark.long)])
 def test_two_ranks_find_the_losses_of_one_process_and_train_on_as_it_does(tmp_path: Path, engine: str) -> None:
-    if engine == "zero3":
-        pytest.importorskip("deepspeed")
-        (tmp_path / "zero3.json").write_text(config_that_shards_all("zero3"))
+    make_ready(engine, tmp_path)
     path = some_text_only(write_llava(tmp_path, 14))
     run(path, ranks_config(tmp_path / "one"), held_out=7, packing=False)
     on_two_ranks(on_rank, path, tmp_path / "two", engine)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from engines import config_that_shards_all, start
+from engines import make_ready, start
 from mllm.train.stage_folder import save_stage
 from mllm.train.trainable import LearningRates, choose_trainable
 from runs import assert_same_run, on_two_ranks, run, settings, stage_tensors
@@ -50,9 +50,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "engine", ["ddp", *(pytest.param(name, marks=pytest.mark.long) for name in ("zero2", "zero3", "fsdp2"))]
 )
 def test_two_ranks_leave_the_losses_and_all_three_parts_of_one_process(one: Path, engine: str) -> None:
-    if engine.startswith("zero"):
-        pytest.importorskip("deepspeed", reason="deepspeed is not installed: pip install 'mllm[deepspeed]'")
-        (one / f"{engine}.json").write_text(config_that_shards_all(engine))
+    make_ready(engine, one)
     assert {name.partition(":")[0] for name in stage_tensors(one / "one")} == {
         *("connector.safetensors", "llm.safetensors", "vision_encoder.safetensors")
     }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 from accelerate import Accelerator
 from torch.multiprocessing import ProcessExitedException
 
+from killing import Forked
 from mllm.train import loop
 from mllm.train.checkpoint import checkpoints
 from mllm.train.metrics import Metrics
@@ -36,27 +36,6 @@ def at_step(step: int, act: Callable[[], object]) -> None:
     Metrics.step = tell  # type: ignore[method-assign]  # in a forked process, which ends
 
 
-def forked(function: Callable[[], object], said: Path) -> int:
-    """The exit code of a process with a group of its own, minus a signal's number if that ended it; what it printed is
-    in `said`."""
-    if (child := os.fork()) == 0:
-        os.setpgid(0, 0)
-        screen = os.open(said, os.O_CREAT | os.O_WRONLY)
-        os.dup2(screen, 1)
-        os.dup2(screen, 2)
-        sys.stdout = sys.stderr = os.fdopen(1, "w")
-        code = 1
-        try:
-            function()
-            code = 0
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-        finally:
-            sys.stdout.flush()
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
 def signalled_run(data: Path, folder: Path, number: signal.Signals, step: int, **changes: Any) -> Callable[[], object]:
     """A run in which every process of the group gets a signal in the middle of a step."""
 
@@ -75,7 +54,7 @@ def test_run_that_is_told_to_go_ends_its_step_saves_and_goes_on_to_the_same_loss
     data, out = write_llava(tmp_path), tmp_path / "out"
     whole = settings(tmp_path / "whole", steps=STEPS, **DROPOUT)
     run(data, whole)
-    code = forked(signalled_run(data, out, number, 3, num_workers=workers), tmp_path / "said")
+    code = Forked(signalled_run(data, out, number, 3, num_workers=workers), tmp_path / "said").wait()
     said = (tmp_path / "said").read_text()
     assert code == EXIT_CODE == 143, said
     assert [path.name for path in checkpoints(out)] == ["step-3"]  # though save_every is not set
@@ -88,7 +67,7 @@ def test_run_that_is_told_to_go_ends_its_step_saves_and_goes_on_to_the_same_loss
 
 def test_signal_in_the_last_step_changes_nothing(tmp_path: Path) -> None:
     data, out = write_llava(tmp_path), tmp_path / "out"
-    assert forked(signalled_run(data, out, signal.SIGTERM, STEPS), tmp_path / "said") == 0
+    assert Forked(signalled_run(data, out, signal.SIGTERM, STEPS), tmp_path / "said").wait() == 0
     assert len(metrics(out)) == STEPS
     assert not checkpoints(out)
 
@@ -106,7 +85,7 @@ def test_step_that_is_due_anyway_is_saved_once(tmp_path: Path) -> None:
         finally:
             print("saved", saved)
 
-    assert forked(begin, tmp_path / "said") == EXIT_CODE
+    assert Forked(begin, tmp_path / "said").wait() == EXIT_CODE
     assert "saved [2, 4]" in (tmp_path / "said").read_text()
 
 
@@ -129,9 +108,9 @@ def test_run_whose_launcher_is_gone_stops_and_one_without_a_launcher_does_not(tm
 
     with pytest.MonkeyPatch.context() as launched:
         launched.setenv("ACCELERATE_MIXED_PRECISION", "no")
-        assert forked(begin(tmp_path / "launched"), tmp_path / "said") == EXIT_CODE
+        assert Forked(begin(tmp_path / "launched"), tmp_path / "said").wait() == EXIT_CODE
     assert [path.name for path in checkpoints(tmp_path / "launched")] == ["step-2"]
-    assert forked(begin(tmp_path / "by hand"), tmp_path / "said") == 0
+    assert Forked(begin(tmp_path / "by hand"), tmp_path / "said").wait() == 0
 
 
 def one_is_told(rank: int, data: Path, out: Path, told: dict[int, int]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 from collections.abc import Mapping
 from html import escape
-from importlib.resources import files
 from io import BytesIO
 from typing import Any
 
@@ -17,6 +16,7 @@ from mllm.data.images import open_image
 from mllm.data.index import Index
 from mllm.evaluate.data_report import charts
 from mllm.evaluate.data_report.words import Numbers, colours, headlines, per_sample
+from mllm.evaluate.report.document import document
 from mllm.evaluate.report.story import COLOURS, STAGE_COLOURS
 
 THUMBNAIL = 320
@@ -39,17 +39,11 @@ svg .cut { fill: #c2557a; opacity: .25; }
 
 def render_page(title: str, numbers: Numbers, examples: Mapping[str, list[dict[str, Any]]]) -> str:
     """The whole page, from doctype to footer."""
-    style = files("mllm.evaluate.report").joinpath("page.css").read_text(encoding="utf-8") + MORE
     panels = (panel(numbers) for panel in (_lengths, _learned, _fill, _sizes, _images))
     drawn = "".join(f"<div>{panel}</div>" for panel in panels if panel)
     walls = (_wall(name, shown, numbers["unit"]) for name, shown in examples.items() if shown)
     parts = [_cards(numbers), f'<div class="charts">{drawn}</div>', _sources(numbers), _faults(numbers), *walls]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title>\n<style>\n{style}</style></head>\n"
-        f"<body><h1>{escape(title)}</h1>\n" + "\n".join(parts) + "\n</body></html>\n"
-    )
+    return document(title, parts, style=MORE)
 
 
 def _cards(numbers: Numbers) -> str:

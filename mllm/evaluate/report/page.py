@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import base64
 from html import escape
-from importlib.resources import files
 from io import BytesIO
 from typing import TYPE_CHECKING
 
 from mllm.evaluate.report.chart import loss_chart
+from mllm.evaluate.report.document import document
 
 if TYPE_CHECKING:
     from mllm.evaluate.exact import Answer, Score
@@ -23,14 +23,7 @@ ENLARGED = 3
 
 def render_page(story: Story) -> str:
     """The whole page, from doctype to footer."""
-    style = files(__package__).joinpath("page.css").read_text(encoding="utf-8")
-    parts = [_cards(story), _losses(story), _types(story), _wall(story), _seconds(story)]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(story.title)}</title>\n<style>\n{style}</style></head>\n"
-        f"<body><h1>{escape(story.title)}</h1>\n" + "\n".join(parts) + "\n</body></html>\n"
-    )
+    return document(story.title, [_cards(story), _losses(story), _types(story), _wall(story), _seconds(story)])
 
 
 def _cards(story: Story) -> str:
