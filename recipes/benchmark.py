@@ -5,6 +5,7 @@
     python recipes/benchmark.py chat --json OUT.json
     python recipes/benchmark.py peers --json OUT.json
     python recipes/benchmark.py gpu --out DIR --minutes 9
+    python recipes/benchmark.py fp8 --json OUT.json
 
 Enters: nothing; the data is drawn. Leaves: a table on the screen and, in `--json`, the numbers with the machine.
 """
@@ -203,6 +204,36 @@ def peers(json_path: Annotated[Path | None, tyro.conf.arg(name="json")] = None, 
         sys.exit(wrong)
 
 
+def fp8(
+    json_path: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+    home: Path = Path("runs/tiny"),
+    rows: int = 3,
+    steps: int | None = None,
+) -> None:
+    """What 8-bit floats do to gradient and loss, by what is multiplied with them; a CPU multiplies the same numbers.
+
+    Cosines of two LLMs with Qwen2.5's depth, of the tiny recipe's, and of one like it with more blocks; the loss curve
+    of the recipe's first stage. Data and parts of the recipe are made first where they are missing.
+
+    Args:
+        json_path: File to write the numbers to.
+        home: Folder of the tiny recipe.
+        rows: Rows of which each cosine is taken.
+        steps: Of the align runs; as the recipe says where it is not given.
+    """
+    for name, value in {"rows": rows, "steps": steps}.items():
+        if value is not None and value < 1:
+            sys.exit(f"--{name} is {value}: give a positive number")
+    quiet_libraries()
+    from benchmarks.fp8 import measure
+    from benchmarks.fp8_report import cosine_table, curve_table
+
+    found = measure(home, rows, steps, lambda words: print(words, file=sys.stderr, flush=True))
+    found["machine"] = machine()
+    tables = [cosine_table(found), curve_table(found)]
+    finish(Console(width=None if sys.stdout.isatty() else 160), tables, found, json_path)
+
+
 def gpu(out: Path, minutes: float = 9.0, known: Path | None = None) -> None:
     """`train` and `chat` one after the other on a GPU: the whole table in one command of at most ten minutes.
 
@@ -300,6 +331,6 @@ def finish(console: Console, tables: list[Table], found: dict[str, Any], json_pa
 
 if __name__ == "__main__":
     tyro.extras.subcommand_cli_from_dict(
-        {"data": data, "train": train, "gpu": gpu, "chat": chat, "peers": peers},
+        {"data": data, "train": train, "gpu": gpu, "chat": chat, "peers": peers, "fp8": fp8},
         description=(__doc__ or "").splitlines()[0],
     )

@@ -20,6 +20,7 @@ if __name__ == "__main__":
 from rich.table import Table
 from rich.text import Text
 
+from benchmarks.fp8_report import cosine_table, curve_table
 from benchmarks.peers_report import facts_table, peers_table
 from benchmarks.training_report import count_table, rate_table, ratio_table, remarks, room_table
 
@@ -75,6 +76,8 @@ def shown(found: dict[str, Any]) -> list[Table]:
         from benchmarks.chat_report import chat_table  # imports image processors
 
         return [chat_table(found)]
+    if subject == "fp8":
+        return [cosine_table(found), curve_table(found)]
     if subject == "peers":
         return [peers_table(found), facts_table(found)]
     return [rate_table(found), room_table(found)] if "rows" in found else [count_table(found), ratio_table(found)]

@@ -19,13 +19,15 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from training import Report, batches, fit, read_lines
 
 IGNORE_INDEX = -100
+LAYERS = 2
+"""One to gather what is asked, one to look it up."""
 
 
-def train_llm(data: Path, out: Path, steps: int) -> Report:
+def train_llm(data: Path, out: Path, steps: int, layers: int = LAYERS) -> Report:
     """Learn to answer from a scene told in words, where a picture's tokens will stand later."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(out / "llm")
     input_ids, labels, position_ids = pack(encode(tokenizer, read_lines(data / "texts.jsonl")), length=128)
-    model = build_llm(tokenizer).train()
+    model = build_llm(tokenizer, layers=layers).train()
     order = batches(len(input_ids), batch=32)
 
     def next_loss() -> Tensor:
@@ -43,9 +45,9 @@ def train_llm(data: Path, out: Path, steps: int) -> Report:
 
 
 def build_llm(
-    tokenizer: PreTrainedTokenizerFast, width: int = 128, layers: int = 2, heads: int = 8
+    tokenizer: PreTrainedTokenizerFast, width: int = 128, layers: int = LAYERS, heads: int = 8
 ) -> Qwen3ForCausalLM:
-    """Two layers: one to gather what is asked, one to look it up. In as many steps, more of them learned less."""
+    """In as many steps, more layers learned less."""
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=len(tokenizer),

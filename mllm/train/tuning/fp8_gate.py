@@ -56,6 +56,11 @@ class Choice:
     gradients_from: int = 0
     """The same of the gradients of what goes in."""
 
+    @classmethod
+    def at(cls, products: float, gradients: float, blocks: int) -> Choice:
+        """From shares of the blocks."""
+        return cls(ceil(products * blocks), ceil(gradients * blocks))
+
     def which(self, name: str, block: int) -> tuple[bool, bool]:
         """Of one layer, as `fp8.convert` asks."""
         return block >= self.products_from, block >= self.gradients_from
@@ -73,7 +78,7 @@ class Choice:
 
 def choices(blocks: int) -> list[Choice]:
     """From all to the least, each a part of the one before; a shallow LLM has fewer."""
-    return list(dict.fromkeys(Choice(ceil(first * blocks), ceil(second * blocks)) for first, second in STEPS))
+    return list(dict.fromkeys(Choice.at(*shares, blocks) for shares in STEPS))
 
 
 def choose(
