@@ -30,5 +30,5 @@ def measure(home: Path, rows: int, steps: int | None, say: Callable[[str], None]
         for name, llm in llms.items():
             say(f"cosines of {name}")
             models[name] = fp8_cosines.asked(*fp8_curve.beginning(home, Path(folder), llm, rows))
-        say("align runs: plain, all in 8-bit floats, what the gate takes")
+        say("align runs with and without")
         return {"models": models, "curve": fp8_curve.measure(home, Path(folder), steps)}

@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from torch.nn.functional import cosine_similarity
 
 from benchmarks.drawn_training import Drawing, draw
-from benchmarks.ratios import ENCODER, SHRINK
+from benchmarks.ratios import ENCODER
 from benchmarks.sizes import ENCODERS, LLMS, draw_encoder
 from mllm.data.loader import PlannedBatches, Share, batches
 from mllm.data.plan import Plan
@@ -31,7 +31,7 @@ from mllm.train.trainable import LearningRates, choose_trainable
 from mllm.train.tuning import fp8
 from mllm.train.tuning.compiling import llm_blocks
 from mllm.train.tuning.fp8 import Which
-from mllm.train.tuning.fp8_gate import LEAST, STEPS, Choice, gradient
+from mllm.train.tuning.fp8_gate import STEPS, Choice, Kept, computed
 from mllm.types import Batch
 
 NARROWER = {"1.5B": 8, "7B": 16}
@@ -39,7 +39,7 @@ NARROWER = {"1.5B": 8, "7B": 16}
 WORDS = 2048
 """Of the vocabulary."""
 LENGTH = 256
-"""Tokens of a row: three pictures of 64 with their captions."""
+"""Tokens of a row: two pictures or three of 64 with their captions."""
 DEVIATION = 0.02
 GATE = dict(
     zip(
@@ -47,8 +47,8 @@ GATE = dict(
             "gate 1: no products in the first eighth of the blocks",
             "gate 2: no products in the first quarter",
             "gate 3: no products in the first half",
-            "gate 4: nothing in the first half",
-            "gate 5: gradients in the second half, no products",
+            "gate 4: no products",
+            "gate 5: gradients of the second half alone",
         ),
         STEPS[1:],
         strict=True,
@@ -73,27 +73,32 @@ def ways(blocks: int) -> dict[str, Which]:
         "all but the last quarter of the blocks": lambda name, block: (block < 3 * blocks / 4,) * 2,
         "all but the first quarter of the blocks": lambda name, block: (block >= blocks / 4,) * 2,
         "products, no gradients": lambda name, block: (True, False),
-        "gradients, no products": lambda name, block: (False, True),
         **{words: Choice.at(*shares, blocks).which for words, shares in GATE.items()},
     }
 
 
 def asked(model: MultimodalLM, rows: Sequence[Batch]) -> dict[str, Any]:
-    """Of each way the share, the median cosine of the rows and the least; and which way the gate would take, if each
-    row were a rank's."""
+    """Of each way the share, the median cosine of the rows and the least, and how much larger the loss of all is; and
+    which way the gate would take, if each row were a rank's."""
     blocks, accelerator = len(llm_blocks(model.llm)), Accelerator(cpu=True)
     fp8.restore(model)
-    full = [gradient(accelerator, model, row) for row in rows]
+    full = [computed(accelerator, model, [row]) for row in rows]
     found: dict[str, Any] = {}
     for words, which in ways(blocks).items():
         fp8.restore(model)
         fp8.convert(model, which)
-        eight = [gradient(accelerator, model, row) for row in rows]
-        cosines = [float(cosine_similarity(one, other, dim=0)) for one, other in zip(eight, full, strict=True)]
-        share = fp8.share(model, which)
-        found[words] = {"share": share, "cosine": median(cosines), "least": min(cosines)}
+        eight = [computed(accelerator, model, [row]) for row in rows]
+        pairs = list(zip(eight, full, strict=True))
+        cosines = [float(cosine_similarity(one.gradient, other.gradient, dim=0)) for one, other in pairs]
+        loss = float(sum(one.loss for one in eight) / sum(one.loss for one in full)) - 1
+        found[words] = {
+            "share": fp8.share(model, which),
+            "cosine": median(cosines),
+            "least": min(cosines),
+            "loss": loss,
+        }
     fp8.restore(model)
-    kept = [words for words in ("all", *GATE) if found[words]["least"] >= LEAST]
+    kept = [words for words in ("all", *GATE) if Kept(found[words]["least"], found[words]["loss"]).enough]
     return {"blocks": blocks, "rows": len(rows), "ways": found, "chosen": kept[0] if kept else None}
 
 
@@ -117,7 +122,7 @@ def narrow(name: str, by: int, layers: int | None = None, seed: int = 0) -> Mult
 def drawn_rows(number: int) -> list[Batch]:
     """Rows of captions, each a micro-batch."""
     side, patch = (ENCODERS[ENCODER][1][key] for key in ("image_size", "patch_size"))
-    index, processor = draw(Drawing("captions", (side // patch) ** 2, side, WORDS, samples=64, shrink=SHRINK))
+    index, processor = draw(Drawing("captions", (side // patch) ** 2, side, WORDS, samples=64))
     plan = Plan.from_lengths(index.length.tolist(), LENGTH, 1)
     dataset = PlannedBatches(index, plan, processor, Share(0, 1, 1))  # type: ignore[arg-type]
     return list(batches(dataset, 0, number, 0))

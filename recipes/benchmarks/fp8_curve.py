@@ -1,8 +1,8 @@
 """The loss curve of an align run with 8-bit products beside the same run without.
 
 Enters: the folder of the tiny recipe, whose encoder and LLM are trained first where they are not there. Leaves: the
-losses of each run and how far those with 8-bit products lie from the plain ones. All in float32 on a CPU, so that
-nothing but e4m3 differs; the run asks its gate as on a GPU.
+losses of each run and how far those with 8-bit products lie from the plain ones. In float32 on a CPU, so that nothing
+but e4m3 differs; one in bfloat16 shows what that alone does. The gate is asked as on a GPU.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -40,6 +42,8 @@ ASKED = 0.005
 DEEP_LAYERS, DEEP_STEPS = 8, 200
 """Four times as many blocks as the recipe's LLM; its loss is 0.21 then, the recipe's 0.18."""
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+RUNS = ("plain", "bf16", "all", "gate")
+"""In float32; in bfloat16, to compare with; with all products in 8-bit floats, unasked; with what the gate takes."""
 QUIET = 10_000
 """Steps between lines on the screen."""
 
@@ -65,18 +69,20 @@ def deep(home: Path) -> Path:
     return out / "llm"
 
 
-def recipe(home: Path, out: Path, eight: bool, probe: bool, steps: int | None = None) -> RunConfig:
-    """The tiny recipe's first stage."""
+def recipe(home: Path, out: Path, run: str = "plain", steps: int | None = None) -> RunConfig:
+    """The tiny recipe's first stage, as one of `RUNS`."""
     config = load_config(demo.config("pretrain", home))
     config.data.num_workers = 0
     train = config.train
-    train.output_dir, train.fp8, train.probe, train.audit = out, eight, probe, "off"
+    train.output_dir, train.audit, train.probe = out, "off", run != "all"
+    train.fp8, train.mixed_precision = run in ("all", "gate"), "bf16" if run == "bf16" else "no"
     train.log_every, train.hang_seconds, train.steps = QUIET, 0, steps or train.steps
     return config
 
 
 def align(config: RunConfig) -> tuple[list[float], dict[str, Any]]:
     """The loss of each step, and what the gate wrote down."""
+    torch.set_num_threads(1)
     train = config.train
     train.output_dir.mkdir(parents=True)
     accelerator = accelerate(train, CPU)
@@ -97,7 +103,7 @@ def align(config: RunConfig) -> tuple[list[float], dict[str, Any]]:
 
 def beginning(home: Path, out: Path, llm: Path, rows: int) -> tuple[MultimodalLM, list[Batch]]:
     """The recipe's model before its first step, with that LLM, and its first rows, each a micro-batch."""
-    config = recipe(home, out, eight=False, probe=False)
+    config = recipe(home, out)
     config.parts().llm = str(llm)
     config.train.rows_per_micro_batch = 1
     accelerator = accelerate(config.train, CPU)
@@ -110,9 +116,11 @@ def beginning(home: Path, out: Path, llm: Path, rows: int) -> tuple[MultimodalLM
     return model, list(islice(batches(dataset, 0, 1, 0), rows))
 
 
-def compared(plain: Sequence[float], eight: Sequence[float]) -> float:
-    """The largest difference of the smoothed losses, of their size."""
-    return max(abs(one - other) / one for one, other in zip(smoothed(plain), smoothed(eight), strict=True))
+def compared(plain: Sequence[float], other: Sequence[float]) -> dict[str, float]:
+    """How far the smoothed losses lie from the plain ones, of their size: at worst, from which step on, on average."""
+    far = [theirs / own - 1 for own, theirs in zip(smoothed(plain), smoothed(other), strict=True)]
+    worst = max(far, key=abs)
+    return {"worst": abs(worst), "at": far.index(worst) + 1, "mean": mean(far)}
 
 
 def smoothed(losses: Sequence[float]) -> list[float]:
@@ -122,17 +130,16 @@ def smoothed(losses: Sequence[float]) -> list[float]:
 
 
 def measure(home: Path, folder: Path, steps: int | None = None) -> dict[str, Any]:
-    """Three runs: plain, all in 8 bits unasked, and what the gate takes."""
-    runs = {
-        name: align(recipe(home, folder / name, name != "plain", name == "gate", steps))
-        for name in ("plain", "all", "gate")
-    }
-    plain = runs["plain"][0]
+    """All runs, two at a time, a core each."""
+    configs = [recipe(home, folder / run, run, steps) for run in RUNS]
+    with ProcessPoolExecutor(2, mp_context=get_context("fork")) as pool:
+        runs = dict(zip(RUNS, pool.map(align, configs), strict=True))
+    losses = {run: found for run, (found, _) in runs.items()}
     return {
-        "steps": len(plain),
+        "steps": len(losses["plain"]),
         "window": WINDOW,
         "asked": ASKED,
-        "losses": {name: losses for name, (losses, _) in runs.items()},
-        "difference": {name: compared(plain, losses) for name, (losses, _) in runs.items() if name != "plain"},
-        "taken": {name: record for name, (_, record) in runs.items() if record},
+        "losses": losses,
+        "difference": {run: compared(losses["plain"], losses[run]) for run in RUNS[1:]},
+        "taken": {run: record for run, (_, record) in runs.items() if record},
     }

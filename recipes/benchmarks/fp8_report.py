@@ -16,13 +16,18 @@ SIZES = {
     "tiny": "the tiny recipe's LLM, trained",
     "deep": "the same, trained with more blocks",
 }
-RUNS = {"all": "all", "gate": "what the gate took"}
+RUNS = {
+    "plain": "float32",
+    "bf16": "bfloat16",
+    "all": "float32, all in 8-bit floats",
+    "gate": "float32, what the gate takes in 8-bit floats",
+}
 
 
 def cosine_table(found: dict[str, Any]) -> Table:
-    """A line for each way, two columns for each model."""
+    """A line for each way, three columns for each model."""
     models = found["models"]
-    heads = [head for name in models for head in (f"{name}: share", "cosine (least)")]
+    heads = [head for name in models for head in (f"{name}: share", "cosine (least)", "loss")]
     table = Table("in 8-bit floats", *heads, title=f"cosine of the connector's gradient: {described(models)}")
     for words in dict.fromkeys(words for model in models.values() for words in model["ways"]):
         table.add_row(words, *(cell for model in models.values() for cell in cells(words, model)))
@@ -36,28 +41,36 @@ def described(models: dict[str, Any]) -> str:
 def cells(words: str, model: dict[str, Any]) -> list[str]:
     """Share and cosines of one way; what the gate takes is marked."""
     if words not in model["ways"]:
-        return ["", ""]
+        return ["", "", ""]
     way, mark = model["ways"][words], " taken" if words == model["chosen"] else ""
-    return [f"{way['share']:.0%}", f"{way['cosine']:.4f} ({way['least']:.4f}){mark}"]
+    return [f"{way['share']:.0%}", f"{way['cosine']:.4f} ({way['least']:.4f}){mark}", f"{way['loss']:+.2%}"]
 
 
 def curve_table(found: dict[str, Any]) -> Table:
-    """The runs with 8-bit products beside the plain one."""
+    """The other runs beside the plain one."""
     curve = found["curve"]
-    steps, window, plain = curve["steps"], curve["window"], curve["losses"]["plain"]
     table = Table(
-        "8-bit products of an align run",
+        f"align run of {curve['steps']} steps",
         "share",
-        "cosine of its first row",
-        "first loss (plain)",
-        "last loss (plain)",
-        f"means of {window} of {steps} steps differ at most",
+        "first loss",
+        "last loss",
+        f"means of {curve['window']} losses differ at worst",
+        "on average",
         "asked for",
     )
     for name, words in RUNS.items():
-        taken, losses, far = curve["taken"][name], curve["losses"][name], curve["difference"][name]
-        cosine = f"{taken['cosine']:.4f}" if taken["cosine"] else "not asked"
-        pairs = [f"{losses[place]:.4f} ({plain[place]:.4f})" for place in (0, -1)]
-        verdict = f"at most {curve['asked']:.1%} {'met' if far <= curve['asked'] else 'missed'}"
-        table.add_row(words, f"{taken['share']:.0%}", cosine, *pairs, f"{far:.2%}", verdict)
+        share = f"{curve['taken'][name]['share']:.0%}" if name in curve["taken"] else ""
+        ends = [f"{curve['losses'][name][place]:.4f}" for place in (0, -1)]
+        table.add_row(words, share, *ends, *apart(curve, name))
     return table
+
+
+def apart(curve: dict[str, Any], name: str) -> list[str]:
+    """How far one run lies from the plain one, and whether that was asked for."""
+    if name not in curve["difference"]:
+        return ["", "", ""]
+    far = curve["difference"][name]
+    first, last = far["at"], min(far["at"] + curve["window"] - 1, curve["steps"])
+    kept = f"at most {curve['asked']:.1%} {'met' if far['worst'] <= curve['asked'] else 'missed'}"
+    asked = kept if name in curve["taken"] else ""
+    return [f"{far['worst']:.2%} (steps {first} - {last})", f"{far['mean']:+.2%}", asked]

@@ -1,15 +1,16 @@
-"""How much may be multiplied in 8-bit floats before the gradient loses its direction? Asked of the model, once a run.
+"""How much may be multiplied in 8-bit floats before the gradient loses its direction, or the loss is another one?
+Asked of the model, once a run.
 
 Enters: the model as it trains, and the first micro-batch of this rank. Leaves: the same model with as many 8-bit
-products as leave the gradient of all that trains a cosine of 0.99 to the one of the weights as they are; `fp8.json`,
-from which a resumed run takes the same ones; or an end of the run. On one row, with these weights; nothing is learned
-meanwhile.
+products as leave the gradient of all that trains a cosine of 0.99 to the one of the weights as they are, and the loss
+within 0.1 %; `fp8.json`, from which a resumed run takes the same ones; or an end of the run. On a row of each rank, and
+for the loss a few, with these weights; nothing is learned meanwhile.
 
 How far a rounding of three bits turns the gradient hangs on the weights, and on how many layers a rounded number
 passes. So what costs most and brings least is given up first (`python recipes/benchmark.py fp8`): the products of the
-first blocks, whose rounding goes through all others; then those of the first half; then the gradients there, which are
-a linear matter and turn little; last the products everywhere, after which the loss is that of the weights as they are.
-Whole blocks, because kinds of layers save less for the same share, and a compiled block serves all that are like it.
+first blocks, whose rounding goes through all others; then those of the first half; then all, after which the loss is
+that of the weights as they are; last gradients, which are a linear matter and turn little, in the first half. Whole
+blocks, because kinds of layers save less for the same share, and a compiled block serves all that are like it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,7 +42,12 @@ if TYPE_CHECKING:
 
 LEAST = 0.99
 """Of the cosine between both gradients, of all that trains."""
-STEPS = ((0, 0), (1 / 8, 0), (1 / 4, 0), (1 / 2, 0), (1 / 2, 1 / 2), (1, 1 / 2))
+FURTHEST = 0.001
+"""That both losses may lie apart, of their size: a fifth of what the curve may differ. A loss falls in a run, what
+rounding adds to it stays: in the tiny recipe 0.4 % before the first step became 1.4 % on average and 2.6 % at worst."""
+ROWS = 8
+"""Of a micro-batch, whose losses are added: one row has too few supervised tokens."""
+STEPS = ((0, 0), (1 / 8, 0), (1 / 4, 0), (1 / 2, 0), (1, 0), (1, 1 / 2))
 """In this order: the share of the blocks, from the first one on, whose products stay as the weights are, and that whose
 gradients do."""
 FILE = "fp8.json"
@@ -76,6 +82,40 @@ class Choice:
         return " and ".join(told)
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What a choice leaves of gradient and loss; None where nobody asked."""
+
+    cosine: float | None = None
+    loss: float | None = None
+    """How much larger it is, of its size."""
+
+    @property
+    def enough(self) -> bool:
+        """False also where one of them is no number."""
+        assert self.cosine is not None
+        assert self.loss is not None
+        return self.cosine >= LEAST and abs(self.loss) <= FURTHEST
+
+    def words(self) -> str:
+        """For a person."""
+        if self.cosine is None:
+            return "nobody asked what that does to the gradient (train.probe is off)"
+        return (
+            f"the gradient of the first row has a cosine of {self.cosine:.4f} to that of the weights as they are, the "
+            f"loss of the first rows differs by {self.loss:+.2%}"
+        )
+
+
+class Computed(NamedTuple):
+    """Of some rows."""
+
+    gradient: Tensor
+    """Of all that trains, in the first row, float32."""
+    loss: Tensor
+    """The sum over the supervised tokens of all rows, float32."""
+
+
 def choices(blocks: int) -> list[Choice]:
     """From all to the least, each a part of the one before; a shallow LLM has fewer."""
     return list(dict.fromkeys(Choice.at(*shares, blocks) for shares in STEPS))
@@ -89,8 +129,8 @@ def choose(
     resume: bool,
     say: Callable[[str], None],
 ) -> None:
-    """Where `train.fp8` asks for it: what the run began with; or, with `train.probe`, the first choice that keeps the
-    direction on every rank; or all.
+    """Where `train.fp8` asks for it: what the run began with; or, with `train.probe`, the first choice that keeps
+    direction and loss; or all.
 
     Raises:
         ValueError: none of them does; tells how far off the last one is.
@@ -99,20 +139,16 @@ def choose(
         return
     blocks = len(llm_blocks(model.llm))
     if known := from_main(lambda: read(train.output_dir)) if resume else None:
-        found, cosine = Choice(known["products_from"], known["gradients_from"]), known["cosine"]
+        found, kept = Choice(known["products_from"], known["gradients_from"]), Kept(known["cosine"], known["loss"])
         use(model, found)
     elif train.probe:
-        found, cosine = first_that_keeps(accelerator, model, split(block[0], 1)[0], choices(blocks))
+        found, kept = first_that_keeps(accelerator, model, split(block[0], 1)[:ROWS], choices(blocks))
     else:
-        found, cosine = Choice(), None
+        found, kept = Choice(), Kept()
     part, began = fp8.share(model, found.which), ", as the run began" if known else ""
-    direction = f"a cosine of {cosine:.4f} to that of the weights as they are" if cosine else "a direction unasked for"
-    say(
-        f"fp8{began}: {found.words(blocks)}, {part:.0%} of the frozen layers' operations; the gradient of the first "
-        f"row has {direction}"
-    )
+    say(f"fp8{began}: {found.words(blocks)}, {part:.0%} of the frozen layers' operations; {kept.words()}")
     if accelerator.is_main_process and not known:
-        record = {**asdict(found), "blocks": blocks, "share": round(part, 4), "cosine": cosine}
+        record = {**asdict(found), "blocks": blocks, "share": round(part, 4), **asdict(kept)}
         durable.write_text(train.output_dir / FILE, json.dumps(record) + "\n")
 
 
@@ -123,27 +159,34 @@ def read(folder: Path) -> dict[str, Any] | None:
 
 
 def first_that_keeps(
-    accelerator: Accelerator, model: MultimodalLM, row: Batch, ways: Sequence[Choice]
-) -> tuple[Choice, float]:
-    """The first of the choices with which the direction is kept, and the cosine; the model computes so from now on.
-    The worst of all ranks counts, as rank 0 sees it."""
-    from accelerate.utils import broadcast
-
+    accelerator: Accelerator, model: MultimodalLM, rows: Sequence[Batch], ways: Sequence[Choice]
+) -> tuple[Choice, Kept]:
+    """The first of the choices with which direction and loss are kept; the model computes so from now on."""
     fp8.restore(model)
-    full = gradient(accelerator, model, row)
-    says_something = bool(full.any() and full.isfinite().all())  # not where no label is in it
+    full = computed(accelerator, model, rows)
     for way in ways:
         use(model, way)
-        own = cosine_similarity(gradient(accelerator, model, row), full, dim=0)
-        own = own if says_something else torch.ones_like(own)
-        worst = float(broadcast(accelerator.gather(own[None]).min()))
-        if worst >= LEAST:
-            return way, worst
+        kept = compared(accelerator, computed(accelerator, model, rows), full)
+        if kept.enough:
+            return way, kept
     raise ValueError(
-        f"train.fp8: even with 8-bit floats for no more than {way.words(len(llm_blocks(model.llm)))} the gradient of "
-        f"the first row has a cosine of {worst:.4f} to that of the weights as they are, and {LEAST} is asked for: "
-        f"leave train.fp8 out, or train with all of it all the same with train.probe false"
+        f"train.fp8: even with 8-bit floats for no more than {way.words(len(llm_blocks(model.llm)))} {kept.words()}, "
+        f"and a cosine of {LEAST} and a loss within {FURTHEST:.2%} are asked for: leave train.fp8 out, or train with "
+        f"all of it all the same with train.probe false"
     )
+
+
+def compared(accelerator: Accelerator, eight: Computed, full: Computed) -> Kept:
+    """The worst cosine of all ranks, and the loss of their rows together; rank 0 tells all the same."""
+    from accelerate.utils import broadcast
+
+    own = cosine_similarity(eight.gradient, full.gradient, dim=0)
+    if not (full.gradient.any() and full.gradient.isfinite().all()):  # no label is in the row
+        own = torch.ones_like(own)
+    seen = accelerator.gather(torch.stack([own, eight.loss, full.loss])[None])  # [ranks, 3]
+    cosine, (found, expected) = seen[:, 0].min(), seen[:, 1:].sum(0)
+    told = broadcast(torch.stack([cosine, found, expected])).tolist()
+    return Kept(told[0], told[1] / told[2] - 1 if told[2] else 0.0)
 
 
 def use(model: MultimodalLM, way: Choice) -> None:
@@ -151,18 +194,24 @@ def use(model: MultimodalLM, way: Choice) -> None:
     fp8.convert(model, way.which)
 
 
-def gradient(accelerator: Accelerator, model: MultimodalLM, batch: Batch) -> Tensor:
-    """Of all that trains, in one row, float32. Blocks run uncompiled, and kept features stay as they are."""
+def computed(accelerator: Accelerator, model: MultimodalLM, rows: Sequence[Batch]) -> Computed:
+    """Row by row. Blocks run uncompiled, and kept features stay as they are."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     was, model.feature_cache = model.feature_cache, None
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
+    gradients: Sequence[Tensor | None] = ()
+    losses: list[Tensor] = []
     try:
         with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
             torch.manual_seed(0)
-            with accelerator.autocast():
-                loss = NextToken(model)(**model_inputs(batch, accelerator.device))
-            # not `backward`, which would wake what waits for gradients to send them
-            found = torch.autograd.grad(loss, trained, allow_unused=True)
+            for row in rows:
+                with accelerator.autocast():
+                    loss = NextToken(model)(**model_inputs(row, accelerator.device))
+                if not losses:  # not `backward`, which would wake what waits for gradients to send them
+                    gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+                losses.append(loss.detach().float())
     finally:
         model.feature_cache = was
-    return torch.cat([part.flatten().float() for part in found if part is not None])
+    return Computed(
+        torch.cat([each.flatten().float() for each in gradients if each is not None]), torch.stack(losses).sum()
+    )
