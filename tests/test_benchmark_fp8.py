@@ -13,9 +13,8 @@ from test_benchmark import RECIPES, run
 sys.path.append(str(RECIPES))
 
 from benchmarks.fp8_cosines import GATE, asked, drawn_rows, narrow
-from benchmarks.fp8_curve import ASKED, compared, smoothed
-from benchmarks.fp8_report import SIZES, cosine_table, curve_table
-from benchmarks.page import markdown, read_results
+from benchmarks.fp8_curve import compared, smoothed
+from benchmarks.fp8_report import SIZES
 from mllm.train.tuning.fp8_gate import FURTHEST, LEAST
 
 
@@ -23,9 +22,10 @@ def test_products_turn_the_gradient_more_than_gradients_and_the_first_blocks_mor
     found = asked(narrow("7B", 16, layers=4), drawn_rows(1))
     cosine = {words: way["cosine"] for words, way in found["ways"].items()}
     share = {words: way["share"] for words, way in found["ways"].items()}
-    assert cosine["gate 4: no products"] > 0.995 > cosine["products, no gradients"]
+    assert cosine["gate 4: no products"] > LEAST > cosine["products, no gradients"]
     first, last = (f"all but the {which} quarter of the blocks" for which in ("first", "last"))
-    assert cosine[first] > 0.99 > cosine[last]
+    assert cosine[first] > cosine["all but q_proj, k_proj, v_proj, o_proj"] > cosine["all"]
+    assert cosine[first] > LEAST > cosine[last]
     assert share[first] == share[last] == 0.75
     assert [share[words] for words in GATE] == [0.875, 0.875, 0.75, 0.5, 0.25]
     assert found["ways"]["gate 4: no products"]["loss"] == 0 != found["ways"]["all"]["loss"]
@@ -45,22 +45,6 @@ def test_curves_are_compared_by_the_means_of_their_neighbours() -> None:
 def test_a_number_of_rows_below_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit, match="--rows is 0: give a positive number"):
         run(monkeypatch, "fp8", "--rows", 0)
-
-
-def test_what_is_on_the_page_keeps_what_is_asked() -> None:
-    found = read_results()["fp8-cpu"]
-    assert found["models"].keys() == SIZES.keys()
-    for model in found["models"].values():
-        assert model["ways"][model["chosen"]]["least"] >= LEAST
-    curve = found["curve"]
-    assert curve["asked"] == ASKED
-    for name, far in curve["difference"].items():
-        assert far == pytest.approx(compared(curve["losses"]["plain"], curve["losses"][name]))
-    gate, everything = curve["difference"]["gate"], curve["difference"]["all"]
-    assert abs(gate["mean"]) < ASKED < everything["mean"]  # what the gate is for
-    page = markdown(cosine_table(found)) + markdown(curve_table(found))
-    assert page.count(" taken ") == len(SIZES)
-    assert (" met " in page.splitlines()[-1]) == (gate["worst"] <= ASKED)
 
 
 @pytest.mark.long

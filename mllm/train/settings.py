@@ -66,9 +66,9 @@ class TrainConfig(Schema):
     `llm`, `connector`, `vision_encoder`."""
     fp8: bool = False
     """Multiply the LLM's frozen weights as 8-bit floats, which a Hopper GPU does nearly twice as fast: for a frozen
-    LLM, or the base of `lora`. With `probe` the first row is computed both ways; where its two gradients have a cosine
-    under 0.99, products of early blocks stay as the weights are, as many as it takes. A run that none of it helps
-    ends; one that is resumed goes on as it began."""
+    LLM, or the base of `lora`. With `probe` the first rows are computed both ways; where two gradients have a cosine
+    under 0.99, or losses are 0.1 % apart, products of early blocks stay as the weights are, as many as it takes. A run
+    that none of it helps ends; one that is resumed goes on as it began."""
     compile: bool = False
     """Compile each block of the LLM and of the encoder (torch.compile): faster on GPUs, after a minute at the start.
     Rows are filled up to `data.seq_length`, so that nothing is compiled twice. Same losses but for rounding."""

@@ -118,7 +118,7 @@ class Computed(NamedTuple):
 
 def choices(blocks: int) -> list[Choice]:
     """From all to the least, each a part of the one before; a shallow LLM has fewer."""
-    return list(dict.fromkeys(Choice.at(*shares, blocks) for shares in STEPS))
+    return list(dict.fromkeys(Choice.at(first, second, blocks) for first, second in STEPS))
 
 
 def choose(
