@@ -13,6 +13,8 @@ from pydantic import Field
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0)]
+Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Passes = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegativeInt = Annotated[int, Field(ge=0)]
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator
 
-from mllm.schema import Fraction, NotNegative, NotNegativeInt, Positive, Schema
+from mllm.schema import Fraction, NotNegative, NotNegativeInt, Passes, Positive, Rate, Schema
 from mllm.train.audit import AuditMode
 from mllm.train.guard import GuardConfig
 from mllm.train.losses import Reduction
@@ -41,7 +41,7 @@ class TrainConfig(Schema):
     """Adapters on the LLM instead of training it whole."""
     vision_lora: Lora | None = None
     """Adapters on the vision encoder instead of training it whole."""
-    epochs: NotNegative = 1.0
+    epochs: Passes = 1.0
     """Passes over the data."""
     steps: Positive | None = None
     """Optimiser steps; overrides `epochs`."""
@@ -56,7 +56,7 @@ class TrainConfig(Schema):
     schedule: Schedule = "cosine"
     optimizer: OptimizerName = "adamw"
     """`muon`: Muon for matrices, AdamW for vectors; learns small models from scratch in far fewer steps."""
-    weight_decay: NotNegative = 0.0
+    weight_decay: Rate = 0.0
     max_grad_norm: NotNegative = 1.0
     """Longer gradients are scaled down to this; 0 leaves them as they are."""
     mixed_precision: Literal["no", "bf16"] = "no"

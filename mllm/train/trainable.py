@@ -15,7 +15,7 @@ from torch import nn
 
 from mllm.models.multimodal import MultimodalLM
 from mllm.models.quantised import is_quantised, numel
-from mllm.schema import NotNegative, Schema
+from mllm.schema import Rate, Schema
 from mllm.train.tuning.adapters import Lora, attach_lora, merge_adapter
 from mllm.train.tuning.scales import Decay, PartName, check_patterns, check_used, factors, plain
 
@@ -27,12 +27,12 @@ PARTS: tuple[PartName, ...] = ("connector", "image_newline", "llm", "vision_enco
 class LearningRates(Schema):
     """Peak learning rate of each part. A part without a rate, or with 0, is frozen."""
 
-    connector: NotNegative | None = None
-    llm: NotNegative | None = None
+    connector: Rate | None = None
+    llm: Rate | None = None
     """Of the whole LLM, or of its adapter where `lora` is set."""
-    vision_encoder: NotNegative | None = None
+    vision_encoder: Rate | None = None
     """Of the whole encoder, or of its adapter where `vision_lora` is set."""
-    patterns: dict[str, NotNegative] = field(default_factory=dict)
+    patterns: dict[str, Rate] = field(default_factory=dict)
     """Factors on the part's rate where a regular expression is found in a parameter's name: `{"llm.*embed_tokens":
     0.1}`; 0 freezes, several multiply."""
     layer_decay: dict[PartName, Decay] = field(default_factory=dict)
