@@ -113,8 +113,8 @@ def main(
 
 def of_config(path: Path, seq_length: int | None) -> Asked:
     """What a recipe would train on, counted as it would count."""
+    from mllm.assembly import build_processor
     from mllm.config import load_config
-    from mllm.stage import build_processor
 
     run = load_config(path)
     return Asked(run.data.sources, build_processor(run), seq_length or run.data.seq_length, str(path))

@@ -17,7 +17,6 @@ from mllm.data.streams.plan import StreamPlan
 from mllm.data.streams.reader import Stream
 from mllm.models.connectors.qformer import QFormer, QFormerConnector
 from mllm.models.multimodal import MultimodalLM
-from mllm.stage import console
 from mllm.train import engine
 from mllm.train.blip2.text_side import FILE, WORDS, attach, take_off
 from mllm.train.engines.shards import whole
@@ -25,6 +24,7 @@ from mllm.train.preflight import numbers, preflight
 from mllm.train.route import deal, num_steps
 from mllm.train.saving.tensors import save_tensors
 from mllm.train.trainable import choose_trainable
+from mllm.train.watching.console import console
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -20,7 +20,7 @@ from mllm.export.homes import Home, find_home
 from mllm.export.trained import prompt_obstacle
 from mllm.models.build import ModelConfig
 from mllm.models.multimodal import MultimodalLM
-from mllm.stage import console
+from mllm.train.watching.console import console
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

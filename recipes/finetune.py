@@ -6,19 +6,9 @@ Enters: a YAML whose `init_from` names a finished stage, and flags. Leaves: a st
 """
 
 from mllm import prospect
+from mllm.assembly import build, build_processor, inherit, plan_run, read_data
 from mllm.config import parse
-from mllm.stage import (
-    build,
-    build_processor,
-    check_run,
-    close_stage,
-    inherit,
-    open_stage,
-    plan_run,
-    read_data,
-    start,
-    user_errors,
-)
+from mllm.stage import check_run, close_stage, open_stage, start, user_errors
 from mllm.train.loop import fit
 from mllm.train.trainable import choose_trainable
 

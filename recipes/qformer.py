@@ -5,19 +5,10 @@
 Enters: a YAML and flags. Leaves: a stage folder, from which `recipes/pretrain.py` starts (`init_from`).
 """
 
+from mllm.assembly import build, build_processor, inherit, plan_run, read_data
 from mllm.config import parse
 from mllm.pairs import check_pairs, check_settings, choose_pairs, put_aside
-from mllm.stage import (
-    build,
-    build_processor,
-    close_stage,
-    inherit,
-    open_stage,
-    plan_run,
-    read_data,
-    start,
-    user_errors,
-)
+from mllm.stage import close_stage, open_stage, start, user_errors
 from mllm.train.blip2.objective import Blip2
 from mllm.train.loop import fit
 

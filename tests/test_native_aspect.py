@@ -10,6 +10,7 @@ import torch
 from transformers import AutoImageProcessor, AutoModel, Siglip2ImageProcessor
 
 from conftest import make_clip, make_image_processor, make_llm, make_tokenizer, picture
+from mllm.assembly import build_processor
 from mllm.config import RunConfig
 from mllm.data.collate import collate
 from mllm.data.loader import DataConfig
@@ -21,7 +22,6 @@ from mllm.models.build import ModelConfig, build_model, check_aspect
 from mllm.models.connectors import AvgPoolConnector, LinearConnector, MLPConnector, QFormerConnector
 from mllm.native_aspect import NativeAspect
 from mllm.prospect import prospect
-from mllm.stage import build_processor
 from mllm.train.losses import NextToken, model_inputs
 from mllm.train.settings import TrainConfig
 from mllm.train.trainable import LearningRates

@@ -30,12 +30,12 @@ from transformers import (
 )
 
 from benchmarks.mixes import mix
+from mllm.assembly import build_processor
 from mllm.config import RunConfig, dump_config, load_config, validate
 from mllm.data.index import build_index
 from mllm.export.trained import load
 from mllm.export.transformers_folder import write_files
 from mllm.models.build import build_model
-from mllm.stage import build_processor
 from mllm.train.route import make_plan
 from mllm.train.stage_folder import save_stage
 

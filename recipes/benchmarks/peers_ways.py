@@ -46,11 +46,11 @@ def bare(folder: Path) -> Told:
     import torch
     from torch.nn.functional import cross_entropy
 
+    from mllm.assembly import build_processor
     from mllm.config import load_config
     from mllm.data.index import build_index
     from mllm.data.loader import PlannedBatches, Share, batches
     from mllm.models.build import build_model
-    from mllm.stage import build_processor
     from mllm.train.route import make_plan
     from mllm.train.stage_folder import load_stage
 
