@@ -22,10 +22,10 @@ from unittest import mock
 import torch
 
 from benchmarks.product import accelerate
+from mllm.assembly import build, build_processor, plan_run, read_data
 from mllm.config import RunConfig, load_config
 from mllm.data.loader import batches
 from mllm.models.multimodal import MultimodalLM
-from mllm.stage import build, build_processor, plan_run, read_data
 from mllm.train.loop import fit
 from mllm.train.route import deal
 from mllm.train.trainable import choose_trainable
