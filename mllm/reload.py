@@ -153,7 +153,7 @@ def probe(model: MultimodalLM, processor: Processor, device: torch.device) -> Te
     pixels = stack_pixels([prompt.pixel_values], processor.pixel_shape).to(device)  # [1, 3, H, W]
     words = stack_instructions(prompt.instructions)
     positions = torch.arange(ids.shape[1], device=device)[None]
-    with roots_whole(model):
+    with roots_whole(model), in_full_float32():
         words = None if words is None else words.to(device)
         hidden = model(ids, positions, pixels, 1, words, image_sizes=prompt.image_sizes)  # [1, S, D]
         return model.logits(hidden[0, -POSITIONS:]).float().cpu()
@@ -181,6 +181,21 @@ def as_read_back(model: MultimodalLM) -> Iterator[None]:
             yield
     finally:
         model.feature_cache, model.encoder_batch, model.fewest_images = was
+
+
+@contextmanager
+def in_full_float32() -> Iterator[None]:
+    """A GPU rounds what a convolution is given in float32 to ten bits unless told otherwise, a CPU never does: in an
+    encoder's patches that alone would be a difference."""
+    kinds = [torch.backends.cudnn.conv, torch.backends.cuda.matmul]  # type: ignore[attr-defined]
+    was = [kind.fp32_precision for kind in kinds]
+    try:
+        for kind in kinds:
+            kind.fp32_precision = "ieee"
+        yield
+    finally:
+        for kind, own in zip(kinds, was, strict=True):
+            kind.fp32_precision = own
 
 
 @contextmanager

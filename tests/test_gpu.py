@@ -25,6 +25,7 @@ from accelerate import Accelerator
 from torch._dynamo.utils import counters
 
 from conftest import LLM_CONFIGS, make_model, make_processor, make_sample, picture, write_llava
+from mllm import reload
 from mllm.data.collate import collate
 from mllm.data.loader import DataConfig
 from mllm.data.packing import join
@@ -244,6 +245,15 @@ def test_uint8_pixels_are_normalised_on_the_device_as_on_the_cpu() -> None:
     on_device = encoder.to("cuda").normalised(pixels.to("cuda"))
     assert (on_device.device.type, on_device.dtype) == ("cuda", torch.float32)
     torch.testing.assert_close(on_device.cpu(), on_cpu, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_audit_s_question_has_the_same_answer_on_the_device_and_on_the_cpu(dtype: torch.dtype) -> None:
+    """A stage that a device trained is read back on the CPU."""
+    model, processor = make_model().to(dtype).eval(), make_processor()
+    on_cpu = reload.probe(model, processor, torch.device("cpu"))
+    on_device = reload.probe(model.to("cuda"), processor, torch.device("cuda"))
+    assert reload.difference(on_device, on_cpu) <= reload.TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("decoding", ["recorded", "compiled"])

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
-from conftest import make_processor, write_llava
+from conftest import make_model, make_processor, write_llava
 from engines import config_that_shards_all, start
 from mllm.config import RunConfig, dump_config
 from mllm.data.loader import DataConfig
@@ -278,3 +278,13 @@ def test_two_ranks_pass_under_every_engine(hub: Path, tmp_path: Path) -> None:
         assert report["end"]["never_moved"] == report["end"]["frozen_but_moved"] == []
         assert report["reload"]["difference"] < 1e-5
         assert report["reload"]["merged_difference"] < 1e-5
+
+
+def test_the_question_is_asked_in_full_float32_and_settings_are_put_back() -> None:
+    model, processor, seen = make_model(), make_processor(), []
+    precision: Any = torch.backends.cudnn.conv
+    before = precision.fp32_precision
+    model.vision_encoder.register_forward_pre_hook(lambda *_: seen.append(precision.fp32_precision))
+    probe(model, processor, torch.device("cpu"))
+    assert seen == ["ieee"]
+    assert precision.fp32_precision == before != "ieee"
