@@ -87,20 +87,34 @@ def clashes(pair: Pair, chosen: list[Pair]) -> bool:
 
 def paint(scene: Scene, rng: random.Random) -> Image.Image:
     """The picture of a scene: RGB, 64x64, on a light ground that is never quite the same."""
-    ground = tuple(rng.randint(225, 250) for _ in range(3))
-    canvas = Image.new("RGB", (PIXELS * OVERSAMPLING, PIXELS * OVERSAMPLING), ground)
+    canvas = Image.new("RGB", (PIXELS * OVERSAMPLING, PIXELS * OVERSAMPLING), draw_ground(rng))
     pen = ImageDraw.Draw(canvas)
     for thing in scene:
         paint_thing(pen, thing, rng)
     return canvas.reduce(OVERSAMPLING)
 
 
+def draw_ground(rng: random.Random) -> tuple[int, ...]:
+    return tuple(rng.randint(225, 250) for _ in range(3))
+
+
 def paint_thing(pen: ImageDraw.ImageDraw, thing: Thing, rng: random.Random) -> None:
     radius = rng.uniform(*RADII[thing.size])
     stray = min(STRAY, 15.0 - radius)
     x, y = (centre + rng.uniform(-stray, stray) for centre in PLACES[thing.place])
-    colour = tuple(min(255, max(0, channel + rng.randint(-10, 10))) for channel in COLOURS[thing.colour])
-    corners = OUTLINES[thing.shape]
+    paint_outline(pen, thing.shape, (x, y), radius, shade(thing.colour, rng))
+
+
+def shade(colour: str, rng: random.Random) -> tuple[int, ...]:
+    """Never quite the same."""
+    return tuple(min(255, max(0, channel + rng.randint(-10, 10))) for channel in COLOURS[colour])
+
+
+def paint_outline(
+    pen: ImageDraw.ImageDraw, shape: str, at: tuple[float, float], radius: float, colour: tuple[int, ...]
+) -> None:
+    """`at` and `radius` in pixels of the finished picture."""
+    (x, y), corners = at, OUTLINES[shape]
     if corners:
         pen.polygon([((x + radius * i) * OVERSAMPLING, (y + radius * j) * OVERSAMPLING) for i, j in corners], colour)
     else:
