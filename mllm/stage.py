@@ -22,7 +22,7 @@ from mllm.data.processor import Processor
 from mllm.data.streams.plan import StreamPlan
 from mllm.data.streams.reader import Stream
 from mllm.full_disk import unwritten
-from mllm.models.attention import check_isolation, check_rotation
+from mllm.models.attention import check_isolation, check_length, check_rotation
 from mllm.models.multimodal import MultimodalLM
 from mllm.models.packed.choice import check_attention
 from mllm.output import check_output, remove
@@ -89,8 +89,10 @@ def check_run(
     fp8.check(accelerator, model, config.train)
     if config.data.packing:
         check_isolation(model.llm)
+    longest = plan.seq_length if isinstance(index, Stream) else int(index.length.max())
     if config.data.packing or config.train.rows_per_micro_batch > 1:
-        check_rotation(model.llm, plan.seq_length if isinstance(index, Stream) else int(index.length.max()))
+        check_rotation(model.llm, longest)
+    warnings = [words for words in [check_length(model.llm, longest)] if words]
     deal(accelerator, index, plan, processor, config.train)
     with console(accelerator).status("counting the steps"):
         steps = num_steps(plan, config.train)
@@ -98,7 +100,7 @@ def check_run(
         check_steps(config.train.output_dir, steps)
     rates = config.train.learning_rate
     known = preflight(console(accelerator), model, rates, index, plan, processor, steps)
-    for words in checkpointing.advice(model, config.train.gradient_checkpointing):
+    for words in [*warnings, *checkpointing.advice(model, config.train.gradient_checkpointing)]:
         console(accelerator).print(f"[bold yellow]warning[/]: {words}")
     needs = forecast(accelerator, model, known, plan, processor, config.train, steps)
     tell(console(accelerator), needs, whole=config.dry_run)

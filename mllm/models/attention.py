@@ -37,7 +37,7 @@ def check_isolation(llm: Any) -> None:
     (seen,) = torch.autograd.grad(second, row)
     if seen[:, :LENGTH].any():
         raise ValueError(
-            f"{type(llm).__name__} lets packed samples see each other (it does not read position_ids that restart): "
+            f"{class_of(llm)} lets packed samples see each other (it does not read position_ids that restart): "
             f"set data.packing to false, or take another LLM"
         )
 
@@ -58,10 +58,35 @@ def check_rotation(llm: Any, longest: int) -> None:
     limits = {"longrope": rope.get("original_max_position_embeddings"), "dynamic": learned}
     if (limit := limits.get(kind)) and longest > limit:
         raise ValueError(
-            f"{type(llm).__name__} has {kind} positions, which turn otherwise for a whole micro-batch once a sample in "
+            f"{class_of(llm)} has {kind} positions, which turn otherwise for a whole micro-batch once a sample in "
             f"it is longer than {limit} tokens, and the longest here has {longest}: samples would change each other. "
             f"Set data.seq_length to at most {limit}"
         )
+
+
+def check_length(llm: Any, longest: int) -> str:
+    """Samples of up to `longest` tokens must not be longer than what the LLM has positions for.
+
+    Returns:
+        a warning, where it counts on but has learned no position that late; or nothing.
+
+    Raises:
+        ValueError: its positions are rows of a table (GPT-2), which ends before.
+    """
+    learned = getattr(llm.config.get_text_config(), "max_position_embeddings", None)
+    if not learned or longest <= learned:
+        return ""
+    words = llm.get_input_embeddings()
+    tables = [part for part in llm.modules() if isinstance(part, torch.nn.Embedding) and part is not words]
+    told = f"a sample of {longest:,} tokens, and {class_of(llm)} has learned {learned:,} positions"
+    if any(learned <= table.num_embeddings <= learned + 2 for table in tables):  # OPT's has two rows more
+        raise ValueError(f"{told}, rows of a table that ends there: set data.seq_length to at most {learned}")
+    return f"{told}: what comes later is new to it (data.seq_length {learned} would cut there)"
+
+
+def class_of(llm: Any) -> str:
+    """The name of its class, also below an adapter."""
+    return type(llm.get_base_model() if hasattr(llm, "get_base_model") else llm).__name__
 
 
 def shrunk_twin(llm: Any, **changes: Any) -> Any:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig, GPT2Config, MambaConfig, OPTConfig
 
 from conftest import make_llm
-from mllm.models.attention import check_isolation, check_rotation
+from mllm.models.attention import check_isolation, check_length, check_rotation
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}
 LEAKING = {
@@ -68,6 +69,30 @@ def test_rotation_that_hangs_on_the_longest_sample_is_refused_and_no_other(kind:
         with pytest.raises(ValueError, match=rf"{kind} positions.*longer than 16 .*seq_length to at most 16"):
             check_rotation(llm, longest)
     assert torch.allclose(alone, beside, rtol=0, atol=1e-5) == (longest == 16 or kind in ("yarn", "llama3"))
+
+
+def test_sample_beyond_a_table_of_positions_is_refused_before_the_first_step() -> None:
+    config = GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    llm = AutoModelForCausalLM.from_config(config)
+    assert check_length(llm, 64) == ""
+    with pytest.raises(ValueError, match=r"GPT2LMHeadModel has learned 64 positions.*seq_length to at most 64"):
+        check_length(llm, 65)
+    with pytest.raises(IndexError):
+        llm(input_ids=torch.zeros(1, 65, dtype=torch.long))
+    with pytest.raises(ValueError, match="OPTForCausalLM has learned 64 positions"):
+        check_length(AutoModelForCausalLM.from_config(LEAKING["opt"]), 65)
+
+
+def test_sample_beyond_the_rotary_positions_that_were_learned_is_a_warning() -> None:
+    llm = make_llm(max_position_embeddings=64)
+    assert check_length(llm, 64) == ""
+    assert check_length(llm, 65).startswith("a sample of 65 tokens, and LlamaForCausalLM has learned 64 positions:")
+    assert llm(input_ids=torch.zeros(1, 65, dtype=torch.long)).logits.isfinite().all()
+
+
+def test_an_llm_below_an_adapter_is_named_by_its_own_class() -> None:
+    llm = get_peft_model(make_llm(max_position_embeddings=64), LoraConfig(r=2, target_modules=["q_proj"]))
+    assert "LlamaForCausalLM" in check_length(llm, 65)
 
 
 def test_check_leaves_no_gradient_behind() -> None:
