@@ -17,6 +17,7 @@ import tyro
 
 from mllm import __version__
 from mllm.conversation import COMMANDS, Answers, Talk, question, say
+from mllm.full_disk import unwritten
 from mllm.quiet import quiet_libraries
 from mllm.types import Video
 from mllm.writable import check_file
@@ -245,6 +246,10 @@ def main() -> None:
         tyro.extras.subcommand_cli_from_dict(commands, prog="mllm", description=(__doc__ or "").splitlines()[0])
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except Exception as error:
+        if not (words := unwritten(error)):
+            raise
+        sys.exit(f"error: the disk takes no more: {words}. Make room, or write to another place")
     except KeyboardInterrupt:
         sys.exit(130)
 

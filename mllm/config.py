@@ -11,7 +11,7 @@ import difflib
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -24,6 +24,9 @@ from mllm.models.build import ModelConfig
 from mllm.schema import Schema
 from mllm.train.settings import TrainConfig
 from mllm.train.tuning.scales import PartName
+
+LOCAL = ("vision_encoder", "llm")
+"""What of a model may be named by a folder of this machine."""
 
 
 @dataclass
@@ -53,7 +56,7 @@ class RunConfig(Schema):
             return self.model
         if self.init_from is None:
             raise ValueError("no model: set `model` (vision_encoder, llm, connector) or `init_from`, a finished stage")
-        return load_config(stage_config(self.init_from)).parts()
+        return stage_run(self.init_from).parts()
 
 
 def parse(argv: list[str] | None = None) -> RunConfig:
@@ -83,7 +86,9 @@ def earlier_model(raw: dict[str, Any]) -> dict[str, Any]:
     """The model section that flags change where the YAML has none: the earlier stage's, if it names one."""
     if not raw.get("init_from"):
         return {}
-    return dict(read_yaml(stage_config(Path(raw["init_from"]))).get("model") or {})
+    folder = Path(raw["init_from"])
+    earlier = read_yaml(stage_config(folder))
+    return with_parts(dict(earlier.get("model") or {}), folder, (earlier.get("train") or {}).get("output_dir"))
 
 
 def load_config(path: Path) -> RunConfig:
@@ -133,6 +138,32 @@ def stage_config(folder: Path) -> Path:
     if not path.is_file():
         raise ValueError(f"{folder} is no stage folder: it has no config.yaml")
     return path
+
+
+def stage_run(folder: Path) -> RunConfig:
+    """The run that left a stage folder. Parts that it names from where it was started are found from anywhere."""
+    config = load_config(stage_config(folder))
+    if config.model:
+        found = with_parts(vars(config.model), folder, config.train.output_dir)
+        config = replace(config, model=replace(config.model, **{name: found[name] for name in LOCAL}))
+    return config
+
+
+def with_parts(model: dict[str, Any], folder: Path, output_dir: Path | str | None) -> dict[str, Any]:
+    """A model section whose relative folders are found: those of here first, else from where the run was started."""
+    above = list(Path(folder).resolve().parents)
+    started = [place for place in above if output_dir and place / Path(output_dir) == Path(folder).resolve()]
+    started = [] if Path(output_dir or "/").is_absolute() else started
+    return {name: located(value, started, above) if name in LOCAL else value for name, value in model.items()}
+
+
+def located(name: Any, started: list[Path], above: list[Path]) -> Any:
+    """The folder of that name. What may be a Hub id (owner/name) is looked for where the run was started alone, other
+    names in every folder above the stage."""
+    if isinstance(name, list):
+        return [located(one, started, above) for one in name]
+    places = started if name.count("/") == 1 else [*started, *above]
+    return next((str(place / name) for place in places if not Path(name).exists() and (place / name).is_dir()), name)
 
 
 def explain(mistake: Any) -> str:

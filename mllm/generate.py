@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mllm.config import load_config, stage_config
+from mllm.config import stage_run
 from mllm.data import chat
 from mllm.data.collate import stack_instructions, stack_pixels
 from mllm.data.processor import Processor
@@ -58,7 +58,7 @@ class Assistant:
             ValueError: there is no such folder or repository, or it holds no finished stage.
         """
         folder = find_folder(str(model))
-        config = load_config(stage_config(folder)).parts()
+        config = stage_run(folder).parts()
         processor = Processor.load(folder / "processor")
         built = build_model(config, processor.image_token_id, layout=processor.layout)
         load_stage(built, folder)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mllm import oracle
 from mllm.card import card, on_hub
-from mllm.config import RunConfig, load_config, stage_config
+from mllm.config import RunConfig, stage_run
 from mllm.export import Dtype, Exported, To, export
 from mllm.export.seal import proven
 from mllm.generate import find_folder
@@ -67,7 +67,7 @@ def push(
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / repo.rpartition("/")[2]
         found = copied(exported, stage, folder) if exported else export(model, folder, to, dtype, check_with)
-        config = load_config(stage_config(stage))
+        config = stage_run(stage)
         text = card(repo, stage, config, found, oracle.info(str(stage)))
         (folder / "README.md").write_text(text)
         files = listing(folder)

@@ -11,7 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from mllm.config import RunConfig, load_config, stage_config
+from mllm.config import RunConfig, stage_run
 from mllm.models.build import ModelConfig
 from mllm.models.multimodal import MultimodalLM
 from mllm.train.blip2.text_side import FILE as TEXT_SIDE
@@ -30,7 +30,7 @@ def take_over(config: RunConfig, model: MultimodalLM) -> str:
             asked for that the stage did not train, or a tensor does not fit.
     """
     assert config.init_from
-    before, now = load_config(stage_config(config.init_from)).parts(), config.parts()
+    before, now = stage_run(config.init_from).parts(), config.parts()
     parts = check_parts(config, before, now)
     fresh = fresh_parts(config, model, parts)
     try:

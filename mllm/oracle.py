@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from mllm.config import RunConfig, load_config, stage_config
+from mllm.config import RunConfig, load_config, stage_run
 from mllm.data.imaging.tiling import Tiling
 from mllm.export.gguf import llm, vision
 from mllm.export.homes import AYA_VISION, COHERE2_VISION, LLAVA, LLAVA_NEXT, Home, find_home
@@ -118,7 +118,7 @@ def read(name: str) -> RunConfig:
     """A YAML file, or the config of a stage."""
     if Path(name).suffix in (".yaml", ".yml"):
         return load_config(Path(name))
-    return load_config(stage_config(find_folder(name)))
+    return stage_run(find_folder(name))
 
 
 def skeleton(config: RunConfig) -> MultimodalLM:

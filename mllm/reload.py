@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mllm.config import load_config, stage_config
+from mllm.config import stage_run
 from mllm.data.collate import stack_instructions, stack_pixels
 from mllm.data.processor import Processor
 from mllm.models.build import build_model
@@ -107,7 +107,7 @@ def compare(folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
 def read_back(folder: Path, dtypes: dict[str, torch.dtype]) -> tuple[MultimodalLM, Processor]:
     """As `Assistant.load` does it, each weight in the dtype that it had in memory."""
     processor = Processor.load(folder / "processor")
-    parts = load_config(stage_config(folder)).parts()
+    parts = stage_run(folder).parts()
     model = build_model(parts, processor.image_token_id, layout=processor.layout)
     for name, parameter in model.named_parameters():
         if name in dtypes:

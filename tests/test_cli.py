@@ -133,6 +133,42 @@ def test_folder_that_is_no_stage_is_named(mllm, tmp_path: Path) -> None:
     assert f"{tmp_path} is no stage folder" in code
 
 
+@pytest.mark.parametrize("deep", [True, False])
+def test_stage_with_relative_parts_answers_from_any_folder(
+    mllm, hub: Path, tmp_path: Path, monkeypatch: Any, deep: bool
+) -> None:
+    """`parts/llm` could be a Hub id, `runs/parts/llm` not; the second is found from wherever the stage was moved."""
+    start, parts = tmp_path / "start", Path("runs/parts" if deep else "parts")
+    parts_there = start / parts
+    parts_there.mkdir(parents=True)
+    for name in ("encoder", "llm"):
+        (parts_there / name).symlink_to(hub / name)
+    monkeypatch.chdir(start)
+    folder, processor = Path("runs/stage"), make_processor()
+    folder.mkdir(parents=True)
+    config = RunConfig(TrainConfig(output_dir=folder), model=ModelConfig(f"{parts}/encoder", f"{parts}/llm"))
+    save_stage(folder, build_model(config.parts(), processor.image_token_id), processor, dump_config(config))
+    ask = ["chat", "--prompt", "hi", "--max-new-tokens", 3, "--model"]
+    here = mllm(*ask, folder)
+    assert here[0] == 0
+    monkeypatch.chdir(tmp_path)
+    assert mllm(*ask, start / folder) == here
+    (start / folder).rename(start / "runs/moved")
+    moved = mllm(*ask, start / "runs/moved")
+    assert moved == here if deep else "no vision encoder at 'parts/encoder'" in moved[0]
+
+
+def test_full_disk_is_one_line(mllm, stage: Path, monkeypatch: Any) -> None:
+    from safetensors import SafetensorError
+
+    def full(*_: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("mllm.export.export", full)
+    code, _ = mllm("export", stage)
+    assert code.startswith("error: the disk takes no more: ")
+
+
 def test_flag_wins_over_environment_and_environment_over_newest_run(monkeypatch: Any, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "a" / "instruct").mkdir(parents=True)

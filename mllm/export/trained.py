@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mllm.config import RunConfig, load_config, stage_config
+from mllm.config import RunConfig, stage_run
 from mllm.data.loader import DataConfig
 from mllm.data.processor import Processor
 from mllm.generate import find_folder
@@ -109,7 +109,7 @@ def skeleton(name: str) -> Trained:
 def read(name: str) -> tuple[Path, RunConfig, ModelConfig, Processor]:
     """What a stage folder says of itself beside its weights."""
     folder = find_folder(name)
-    config = load_config(stage_config(folder))
+    config = stage_run(folder)
     parts = config.parts()
     if parts.random_weights:
         raise ValueError(f"{name} has model.random_weights: its parts exist nowhere, there is nothing to export")
