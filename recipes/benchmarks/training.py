@@ -70,12 +70,18 @@ def measure(
         budget = schedule.next(row, minutes * 60 - (start - found["began"]))
         numbers = attempt(row, budget, device, say) if budget else {"error": f"{NO_TIME} of --minutes {minutes:g}"}
         found["rows"][row.name] = {**asdict(row), **numbers, "wall_seconds": clock() - start}
+        found["rows"] = dict(sorted(found["rows"].items(), key=place))
         write(found)
         with contextlib.suppress(RuntimeError):  # of a device that is lost
             forget(device)
         if "error" in numbers and not works(device):
             raise DeviceLost(numbers["error"])
     return found
+
+
+def place(named: tuple[str, Any]) -> int:
+    """Of a row in the table, whenever it was measured."""
+    return [row.name for row in configurations()].index(named[0])
 
 
 def limits(device: torch.device) -> dict[str, float]:
