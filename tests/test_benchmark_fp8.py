@@ -13,8 +13,9 @@ from test_benchmark import RECIPES, run
 sys.path.append(str(RECIPES))
 
 from benchmarks.fp8_cosines import GATE, asked, drawn_rows, narrow
-from benchmarks.fp8_curve import compared, smoothed
-from benchmarks.fp8_report import SIZES
+from benchmarks.fp8_curve import ASKED, compared, smoothed
+from benchmarks.fp8_report import SIZES, cosine_table, curve_table
+from benchmarks.page import markdown, read_results
 from mllm.train.tuning.fp8_gate import FURTHEST, LEAST
 
 
@@ -45,6 +46,22 @@ def test_curves_are_compared_by_the_means_of_their_neighbours() -> None:
 def test_a_number_of_rows_below_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit, match="--rows is 0: give a positive number"):
         run(monkeypatch, "fp8", "--rows", 0)
+
+
+def test_what_is_on_the_page_keeps_what_is_asked() -> None:
+    found = read_results()["fp8-cpu"]
+    assert found["models"].keys() == SIZES.keys()
+    for model in found["models"].values():
+        assert model["ways"][model["chosen"]]["least"] >= LEAST
+    curve = found["curve"]
+    assert curve["asked"] == ASKED
+    for name, far in curve["difference"].items():
+        assert far == pytest.approx(compared(curve["losses"]["plain"], curve["losses"][name]))
+    gate, everything = curve["difference"]["gate"], curve["difference"]["all"]
+    assert abs(gate["mean"]) < ASKED < everything["mean"]  # what the gate is for
+    page = markdown(cosine_table(found)) + markdown(curve_table(found))
+    assert page.count(" taken ") == len(SIZES)
+    assert (" met " in page.splitlines()[-1]) == (gate["worst"] <= ASKED)
 
 
 @pytest.mark.long

@@ -44,7 +44,7 @@ LEAST = 0.99
 """Of the cosine between both gradients, of all that trains."""
 FURTHEST = 0.001
 """That both losses may lie apart, of their size: a fifth of what the curve may differ. A loss falls in a run, what
-rounding adds to it stays: in the tiny recipe 0.4 % before the first step became 1.4 % on average and 2.6 % at worst."""
+rounding adds to it stays: in the tiny recipe 0.4 % in the first step became 1.4 % on average and 2.6 % at worst."""
 ROWS = 8
 """Of a micro-batch, whose losses are added: one row has too few supervised tokens."""
 STEPS = ((0, 0), (1 / 8, 0), (1 / 4, 0), (1 / 2, 0), (1, 0), (1, 1 / 2))
