@@ -220,6 +220,9 @@ def test_run_that_cannot_halve_says_so_before_it_starts_and_does_not_start_where
     else:
         assert words["probe"].startswith("none: off under ZeRO stage 3 and FSDP2, where each rank")
         refuse(told)
+        model = chosen_model(train)
+        model.llm.lm_head.to("meta")  # as where the LLM is read into its shards
+        assert dict(rows(forecast_of(train, data, accelerator, model)))["probe"] == words["probe"]
 
 
 def test_any_other_error_of_the_probe_is_the_users_to_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

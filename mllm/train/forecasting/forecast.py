@@ -226,10 +226,10 @@ def why_no_probe(
     """The reason, the same on all ranks; empty where nothing speaks against it."""
     if not train.probe:
         return "train.probe is off"
-    if any(parameter.is_meta for parameter in model.parameters()):
-        return "the LLM's weights are not read yet"
     if engine.shards_weights(accelerator):
         return "off under ZeRO stage 3 and FSDP2, where each rank will hold a share of the weights only"
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return "the LLM's weights are not read yet"
     if accelerator.device.type == "cpu" and memory and memory.peak > available:
         return "it would not fit"
     if expected > TOO_LONG:
