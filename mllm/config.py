@@ -21,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from mllm.data.loader import DataConfig
 from mllm.flags import lay_over, split_flags
 from mllm.models.build import ModelConfig
-from mllm.schema import Schema
+from mllm.schema import Schema, unknown_tag
 from mllm.train.settings import TrainConfig
 from mllm.train.tuning.scales import PartName
 
@@ -187,15 +187,6 @@ def explain(mistake: Any) -> str:
         key, known, n=1
     )
     return f"{where}: unknown key" + (f", did you mean {near[0]!r}?" if near else "")
-
-
-def unknown_tag(discriminator: str, tag: str, expected_tags: str) -> str:
-    """Words for a part of which there is no such kind."""
-    kinds = [kind.strip("' ") for kind in expected_tags.split(",")]
-    near = difflib.get_close_matches(tag, kinds, n=1)
-    asked = f"did you mean {near[0]!r}? " if near else ""
-    what = "format" if "format" in discriminator else discriminator.strip("'")
-    return f"no {what} {tag!r}: {asked}There are {', '.join(kinds)}"
 
 
 def known_keys(kind: Any) -> Iterator[str]:

@@ -6,6 +6,7 @@ path) and turns into flags with tyro. Field docstrings are the help text.
 
 from __future__ import annotations
 
+import difflib
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
@@ -22,3 +23,12 @@ class Schema:
     """Inherit and decorate with `@dataclass`. Fields are data: nothing changes them after parsing."""
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+
+
+def unknown_tag(discriminator: str, tag: str, expected_tags: str) -> str:
+    """Words for a part of which there is no such kind."""
+    kinds = [kind.strip("' ") for kind in expected_tags.split(",")]
+    near = difflib.get_close_matches(tag, kinds, n=1)
+    asked = f"did you mean {near[0]!r}? " if near else ""
+    what = "format" if "format" in discriminator else discriminator.strip("'")
+    return f"no {what} {tag!r}: {asked}There are {', '.join(kinds)}"

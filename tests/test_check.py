@@ -216,6 +216,13 @@ def test_a_layout_that_nobody_knows_is_said_to_be_one(
     assert report["error"] in said
 
 
+def test_a_format_of_no_kind_is_told_with_the_nearest(tmp_path: Path, check: Callable[..., Checked]) -> None:
+    (tmp_path / "a.jsonl").write_text("{}")
+    code, said, _ = check(tmp_path / "a.jsonl", "--format", "llvaa")
+    assert code == 2
+    assert "no format 'llvaa': did you mean 'llava'? There are auto, llava" in said
+
+
 def shard(path: Path, members: list[tuple[str, bytes]]) -> Path:
     with tarfile.open(path, "w") as archive:
         for name, data in members:

@@ -19,6 +19,7 @@ from mllm.data.files import SUFFIXES, is_url
 from mllm.data.formats import SourceConfig
 from mllm.data.formats.auto import AutoSource
 from mllm.data.formats.source import Source
+from mllm.schema import unknown_tag
 
 CONTAINERS = {"JsonList": "one JSON list", "JsonLines": "JSON lines", "Cells": "a table of text", "Tar": "tar"}
 LOOKED_AT = 10_000
@@ -69,6 +70,8 @@ def require_records(folder: Path, source: Source) -> None:
 
 def explain(mistake: Any) -> str:
     """One mistake, and what to do where the format was not named."""
+    if mistake["type"] == "union_tag_invalid":
+        return unknown_tag(**mistake["ctx"])
     where = ".".join(map(str, mistake["loc"][1:]))
     if mistake["type"] == "unexpected_keyword_argument" and mistake["loc"][0] == "auto":
         return f"{where} is an option of some formats: name the format with --format"
