@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import signal
 import socket
 import subprocess
@@ -15,8 +16,10 @@ from typing import Any
 
 import pytest
 import yaml
+from accelerate.state import AcceleratorState, GradientState
 
 from conftest import write_llava
+from killing import Forked
 from mllm.train import engine
 
 ROOT = Path(__file__).parent.parent
@@ -104,13 +107,21 @@ def losses(folder: Path) -> list[float]:
 
 
 def in_one_process(config: Path, *arguments: str) -> list[float]:
-    """The losses of the same run without a launcher."""
+    """The losses of the same run without a launcher, in a forked process: what it imports is there."""
     one = config.parent / "one"
-    command = [sys.executable, "recipes/pretrain.py", "--config", str(config), "--train.output_dir", str(one)]
-    done = subprocess.run(
-        [*command, *arguments], cwd=ROOT, env=environment(ACCELERATE_USE_CPU="true"), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+
+    def begin() -> None:
+        own = environment(ACCELERATE_USE_CPU="true")
+        os.environ.clear()
+        os.environ.update(own)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        script = str(ROOT / "recipes" / "pretrain.py")
+        sys.argv = [script, "--config", str(config), "--train.output_dir", str(one), *arguments]
+        runpy.run_path(script, run_name="__main__")
+
+    run = Forked(begin, config.parent / "said-by-one.txt")
+    assert run.wait() == 0, (config.parent / "said-by-one.txt").read_text()[-3000:]
     return losses(one)
 
 
