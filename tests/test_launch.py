@@ -16,9 +16,8 @@ from typing import Any
 
 import pytest
 import yaml
-from accelerate.state import AcceleratorState, GradientState
 
-from conftest import write_llava
+from conftest import forget_accelerate, write_llava
 from killing import Forked
 from mllm.train import engine
 
@@ -114,8 +113,7 @@ def in_one_process(config: Path, *arguments: str) -> list[float]:
         own = environment(ACCELERATE_USE_CPU="true")
         os.environ.clear()
         os.environ.update(own)
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        forget_accelerate()
         script = str(ROOT / "recipes" / "pretrain.py")
         sys.argv = [script, "--config", str(config), "--train.output_dir", str(one), *arguments]
         runpy.run_path(script, run_name="__main__")

@@ -17,13 +17,21 @@ from recipe_runs import in_process, lines, write_config
 pytestmark = pytest.mark.recipe
 
 
-@pytest.fixture
-def used(hub: Path, tmp_path: Path) -> Path:
-    """The YAML of a stage whose output folder holds a run, and a file of the user's."""
-    config = write_config(tmp_path, hub, write_llava(tmp_path), "align", save_every=2, steps=4)
+@pytest.fixture(scope="module")
+def finished(hub: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The data of a run, and `align/`, which it left."""
+    folder = tmp_path_factory.mktemp("finished")
+    config = write_config(folder, hub, write_llava(folder), "align", save_every=2, steps=4)
     assert in_process("pretrain", "--config", config) == 0
+    return folder
+
+
+@pytest.fixture
+def used(finished: Path, hub: Path, tmp_path: Path) -> Path:
+    """The YAML of a stage whose output folder holds a run, and a file of the user's."""
+    shutil.copytree(finished / "align", tmp_path / "align")
     (tmp_path / "align" / "notes.txt").write_text("mine")
-    return config
+    return write_config(tmp_path, hub, finished / "data.json", "align", save_every=2, steps=4)
 
 
 def test_used_output_folder_is_refused_with_one_line_and_left_alone(used: Path, capsys: Any) -> None:
