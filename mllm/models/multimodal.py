@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mllm.models.feature_cache import FeatureCache
 from mllm.models.fused_encoder import FusedEncoder
 from mllm.models.head import scaled
-from mllm.models.image_groups import filled_up, in_groups
+from mllm.models.image_groups import Groups, filled_up, in_groups
 from mllm.models.image_newline import ImageNewline
 from mllm.models.packed.boundaries import Boundaries
 from mllm.models.packed.choice import packed_mask
@@ -53,9 +53,8 @@ class MultimodalLM(nn.Module):
         self.image_token_id = image_token_id
         self.feature_cache: FeatureCache | StoredFeatures | None = None
         """Where features of a frozen encoder are kept, if the run wants it; only training sets it."""
-        self.encoder_batch: int | None = None
-        """Images that go through the encoder at a time, with blank ones where there are fewer; None takes them as they
-        come. Only training sets it."""
+        self.encoder_batch: Groups | None = None
+        """How many images go through the encoder at a time; None takes them as they come. Only training sets it."""
         self.fewest_images = 1
         """As many images see the encoder at least; one that is compiled for any number of them wants two."""
 
@@ -120,8 +119,8 @@ class MultimodalLM(nn.Module):
             return pixel_values
         if self.feature_cache:
             return self.feature_cache(self.vision_encoder, pixel_values)
-        if self.encoder_batch:
-            return in_groups(self.vision_encoder, pixel_values, self.encoder_batch)
+        if self.encoder_batch and self.encoder_batch.filled:
+            return in_groups(self.vision_encoder, pixel_values, self.encoder_batch.size)
         if len(pixel_values) < self.fewest_images:
             return filled_up(self.vision_encoder, pixel_values, self.fewest_images)
         return self.vision_encoder(pixel_values)

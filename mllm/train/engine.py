@@ -7,6 +7,7 @@ another: what was asked for runs, or the run stops.
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,6 +68,12 @@ def halves(accelerator: Accelerator) -> bool:
     """Is a micro-batch that does not fit in memory computed in halves? Not where ranks exchange weights or gradients
     inside of the passes: none can step back from one."""
     return not (zero.stage(accelerator) or fsdp.requested())
+
+
+def autocast(accelerator: Accelerator) -> AbstractContextManager[None]:
+    """That of the forward pass, for what is computed outside of it. accelerate's own does nothing under DeepSpeed,
+    which has another one inside of its forward pass."""
+    return zero.autocast(accelerator) if zero.stage(accelerator) else accelerator.autocast()
 
 
 def describe(accelerator: Accelerator) -> str:

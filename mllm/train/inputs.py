@@ -4,7 +4,8 @@ Enters: the micro-batches of a step, on the host. Leaves: for one after the othe
 of its placeholders and of its supervised tokens, and where its samples begin. Each of these is a search for what is not
 zero: on the host it costs microseconds, on a device the host would wait for all work that is still to be done there.
 
-While a micro-batch is computed the next one is copied, on a stream of its own. Where the encoder is frozen and takes
+While a micro-batch is computed the next one is copied, on a stream of its own, which is one for the whole run: each
+stream keeps the memory that it was once given. Where the encoder is frozen and takes
 its images in groups (`models/image_groups.py`), or a folder keeps what it gave (`models/stored_features.py`), features
 come in the place of pixels.
 
@@ -13,7 +14,8 @@ K supervised tokens, N images, P patches, Dv width of the features, V visual tok
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,7 @@ from mllm.models.packed.boundaries import Boundaries, boundaries
 from mllm.models.packed.choice import reads_boundaries
 from mllm.models.splice import slot_numbers
 from mllm.models.stored_features import StepFeatures, StoredFeatures
+from mllm.train import engine
 from mllm.train.losses import Reduction, Supervision, model_inputs, supervision
 from mllm.types import Batch
 
@@ -40,8 +43,9 @@ class StepInputs:
         self, accelerator: Accelerator, model: MultimodalLM, parts: Sequence[Batch], reduction: Reduction
     ) -> None:
         self.accelerator, self.model, self.parts, self.reduction = accelerator, model, parts, reduction
-        self.images = step_images(accelerator.device, model, parts)
         self.stream = copy_stream(accelerator.device)
+        pixels = [batch["pixel_values"] for batch in parts if batch["num_images"]]
+        self.images = step_images(model, pixels, len(parts), self.bring)
         self.sent: dict[str, Any] = {}
         self.asked = 0
 
@@ -54,7 +58,7 @@ class StepInputs:
             torch.cuda.current_stream().wait_stream(self.stream)
             keep(inputs)
         if self.images:
-            with self.accelerator.autocast():
+            with engine.autocast(self.accelerator):
                 inputs["pixel_values"] = self.features(batch["num_images"])
         self.asked += 1
         self.send()
@@ -67,6 +71,15 @@ class StepInputs:
             with torch.cuda.stream(self.stream) if self.stream else nullcontext():
                 self.sent = inputs_of(batch, device, self.model, self.reduction, pixels=self.images is None)
 
+    def bring(self, tensor: Tensor) -> Tensor:
+        """To the device, while it still computes what it was told before; what is told behind waits for the copy."""
+        with torch.cuda.stream(self.stream) if self.stream else nullcontext():
+            there: Tensor = sent(tensor, self.accelerator.device)
+        if self.stream:
+            torch.cuda.current_stream().wait_stream(self.stream)
+            keep(there)
+        return there
+
     def features(self, images: int) -> Tensor:
         """[max(N, 1), P, Dv]; any will do where there is no image, since they count nothing."""
         assert self.images
@@ -76,17 +89,21 @@ class StepInputs:
         return torch.zeros(1, encoder.num_patches, encoder.width, device=self.accelerator.device)
 
 
-def step_images(device: torch.device, model: MultimodalLM, parts: Sequence[Batch]) -> StepImages | StepFeatures | None:
+def step_images(
+    model: MultimodalLM, pixels: Sequence[Tensor], micro_batches: int, bring: Callable[[Tensor], Tensor]
+) -> StepImages | StepFeatures | None:
     """Where features can be had before the forward pass that reads them: of a frozen encoder, from a folder or in
-    groups."""
-    trains = any(parameter.requires_grad for parameter in model.vision_encoder.parameters())
-    if isinstance(model.feature_cache, StoredFeatures) and not trains:
-        pixels = [batch["pixel_values"] for batch in parts if batch["num_images"]]
-        return model.feature_cache.step(model.vision_encoder, pixels, lambda tensor: sent(tensor, device))
-    if not model.encoder_batch or model.feature_cache or trains:
+    groups. `pixels` [n, 3, H, W] are those of each micro-batch that has any; groups that nobody asked for are for
+    several micro-batches."""
+    groups, cache = model.encoder_batch, model.feature_cache
+    stored = cache if isinstance(cache, StoredFeatures) else None
+    grouped = groups and not cache and (groups.filled or micro_batches > 1)
+    if not (stored or grouped) or any(parameter.requires_grad for parameter in model.vision_encoder.parameters()):
         return None
-    pixels = [batch["pixel_values"] for batch in parts if batch["num_images"]]
-    return StepImages(model.vision_encoder, pixels, model.encoder_batch, lambda tensor: sent(tensor, device))
+    if stored:
+        return stored.step(model.vision_encoder, pixels, bring)
+    assert groups
+    return StepImages(model.vision_encoder, pixels, groups, bring, model.fewest_images)
 
 
 def inputs_of(
@@ -114,8 +131,9 @@ def sent(value: Any, device: torch.device) -> Any:
     return value
 
 
+@functools.cache
 def copy_stream(device: torch.device) -> torch.cuda.Stream | None:
-    """One of torch's pool, beside that which computes."""
+    """Beside that which computes, and always the same: torch would hand out 32, and keep memory for each."""
     return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 

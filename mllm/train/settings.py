@@ -72,9 +72,10 @@ class TrainConfig(Schema):
     compile: bool = False
     """Compile each block of the LLM and of the encoder (torch.compile): faster on GPUs, after a minute at the start.
     Rows are filled up to `data.seq_length`, so that nothing is compiled twice. Same losses but for rounding."""
-    encoder_batch: Positive | None = None
-    """Images that go through the encoder at a time; a frozen encoder takes them over the micro-batches of a step, and
-    the last of a step are filled up with blank ones. Where it is not set, those of a micro-batch."""
+    encoder_batch: Positive | Literal["auto", False] | None = "auto"
+    """Images that go through the encoder at a time. `auto`: where it is frozen and a step has several micro-batches, so
+    many of the step as are quick, else those of a micro-batch. A number: as many, over the micro-batches of a step if
+    it is frozen, and filled up with blank ones. `off`: those of a micro-batch."""
     feature_cache: NotNegative = 0
     """Gigabytes of memory for features of the frozen encoder, which then sees each image once; 0 keeps none."""
     feature_cache_dir: Path | None = None

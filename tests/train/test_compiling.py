@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 
 from conftest import make_model, picture
 from mllm.data.loader import DataConfig
-from mllm.models.image_groups import StepImages, in_groups
+from mllm.models.image_groups import Groups, StepImages, in_groups
 from mllm.train.loop import optimise
 from mllm.train.trainable import LearningRates
 from mllm.train.tuning import compiling
@@ -119,7 +119,7 @@ def test_only_the_last_group_of_a_step_has_blank_images_in_it() -> None:
     pixels = torch.rand(9, 3, 28, 28, generator=torch.Generator().manual_seed(0))
     calls: list[int] = []
     encoder.register_forward_pre_hook(lambda _m, given: calls.append(int(given[0].flatten(1).any(1).sum())))
-    images = StepImages(encoder, pixels.split([2, 5, 1, 1]), 4, lambda tensor: tensor)
+    images = StepImages(encoder, pixels.split([2, 5, 1, 1]), Groups(4), lambda tensor: tensor)
     found = torch.cat([images.take(count) for count in (2, 5, 1, 1)])
     assert calls == [4, 4, 1]
     torch.testing.assert_close(found, in_groups(encoder, pixels, 9), rtol=1e-4, atol=1e-5)

@@ -17,7 +17,8 @@ from accelerate.state import AcceleratorState
 
 from conftest import make_clip, make_image_processor, make_llm, make_processor
 from engines import CONFIGS, start
-from mllm.models.connectors import MLPConnector, QFormerConnector
+from mllm.models.connectors import LinearConnector, MLPConnector, QFormerConnector
+from mllm.models.image_groups import Groups
 from mllm.models.multimodal import MultimodalLM
 from mllm.models.quantised import is_4bit, quantise
 from mllm.models.vision_encoder import VisionEncoder
@@ -53,6 +54,7 @@ def model_of(
     dtype: torch.dtype = torch.float32,
     family: str = "llama",
     four_bit: bool = False,
+    groups: Groups | None = None,
     **llm: Any,
 ) -> MultimodalLM:
     """Some megabytes, in the mode in which it trains."""
@@ -68,6 +70,7 @@ def model_of(
     if checkpointing:
         switch_on(model, True)
     set_mode(model)
+    model.encoder_batch = groups
     return model
 
 
@@ -135,6 +138,16 @@ CASES: dict[str, tuple[dict[str, Any], Shape, Setup]] = {
     ),
     "many supervised": ({"vocab_size": 16000}, Shape(2, 256, 4, 400), Setup()),
     "eager attention": ({"attention": "eager"}, SHAPE, Setup()),
+    "align, images of a step together": (
+        {"groups": Groups(40, filled=False), "connector": LinearConnector()},
+        Shape(1, 96, 12, 20),
+        Setup(accumulation=4),
+    ),
+    "the same, over bfloat16": (
+        {"groups": Groups(40, filled=False), "dtype": torch.bfloat16},
+        Shape(1, 96, 12, 20),
+        Setup(accumulation=4, mixed_precision="bf16"),
+    ),
     "text alone": ({}, Shape(2, 256, 0, 60), Setup()),
 }
 
@@ -151,6 +164,20 @@ def test_predicted_peak_is_within_a_tenth_of_the_allocators(case: str) -> None:
     assert predicted.peak == pytest.approx(measured, rel=0.10)
     if "update" in case:
         assert predicted.moment == "update"
+
+
+def test_features_that_wait_for_their_micro_batch_are_counted() -> None:
+    """A group of 360 images beside micro-batches of 12: what it adds is told, and nearly so much is added."""
+    shape, setup = Shape(1, 96, 12, 20), Setup(accumulation=30)
+    predicted, measured = [], []
+    for groups in (Groups(500, filled=False), None):
+        model = model_of(groups=groups, dtype=torch.bfloat16)
+        predicted.append(predict(model, shape, setup).peak)
+        step, standing = step_of(model, shape, setup)
+        measured.append(standing + allocated(step))
+    features = 360 * 4 * 24 * 2  # images, patches, width, bytes
+    assert predicted[0] - predicted[1] >= features
+    assert predicted[0] - predicted[1] == pytest.approx(measured[0] - measured[1], rel=0.10)
 
 
 def on_rank(rank: int, engine: str, folder: Path) -> None:

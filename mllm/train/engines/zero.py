@@ -103,6 +103,12 @@ def settle(accelerator: Accelerator, train: TrainConfig, accumulation: int) -> N
     }
 
 
+def autocast(accelerator: Accelerator) -> torch.autocast:
+    """What `settle` has told DeepSpeed."""
+    asked = accelerator.state.deepspeed_plugin.deepspeed_config.get("torch_autocast", {})
+    return torch.autocast(accelerator.device.type, torch.bfloat16, enabled=asked.get("enabled", False))
+
+
 def shard(accelerator: Accelerator, module: nn.Module) -> None:
     """For stage 3, leave on this rank's device its share of each weight, one weight at a time. The engine would first
     put the whole model on every device. A deferred weight is read when its turn comes, by the first rank: DeepSpeed

@@ -29,6 +29,7 @@ from mllm.train.forecasting.room import checkpoint_bytes, disk_free, filesystem,
 from mllm.train.forecasting.shadow import Setup, Shape
 from mllm.train.settings import TrainConfig
 from mllm.train.trainable import set_mode
+from mllm.train.tuning import encoder_groups
 from mllm.train.tuning.checkpointing import switch_on
 from mllm.train.watching.clock import peak_of
 
@@ -127,6 +128,7 @@ def forecast(
     """Predict, and probe where that is possible."""
     switch_on(model, train.gradient_checkpointing)
     set_mode(model)
+    model.encoder_batch = encoder_groups.chosen(accelerator, model, train)
     shape = largest(model, known, plan, train.rows_per_micro_batch)
     setup = replace(setup_of(accelerator, train), feature_cache=cache_bytes(accelerator, model, known, train))
     memory, why = predicted(model, shape, setup)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,7 @@ from mllm.models.quantised import is_4bit
 from mllm.models.splice import one_sequence
 from mllm.train.forecasting.live_memory import Tracker
 from mllm.train.head_loss import head_loss
+from mllm.train.inputs import step_images
 
 
 @dataclass(frozen=True)
@@ -81,12 +83,13 @@ class Shadow(nn.Module):
         """As `MultimodalLM.forward` and `NextToken.forward` compute it."""
         model, ids = self.model, batch["input_ids"]
         with self.tracker.during("forward"):
-            visual = model.visual_tokens(batch["pixel_values"], batch.get("instruction_ids"))  # [N, V, D] or [T, D]
+            shown = self.in_groups(batch["pixel_values"])
+            visual = model.visual_tokens(shown, batch.get("instruction_ids"))  # [N, V, D] or [T, D]
             is_placeholder = ids == model.image_token_id  # [B, S]
             embeddings = model.llm.get_input_embeddings()(ids.masked_fill(is_placeholder, 0))  # [B, S, D]
             flat = one_sequence(visual).to(embeddings.dtype)
             embeddings = embeddings.masked_scatter(is_placeholder.unsqueeze(-1), flat)
-            del visual, flat
+            del shown, visual, flat
             decoder = model.llm.get_decoder()
             hidden = decoder(
                 inputs_embeds=embeddings, position_ids=batch["position_ids"], use_cache=False
@@ -95,6 +98,14 @@ class Shadow(nn.Module):
             place = torch.empty(supervised, dtype=torch.int64, device=ids.device)
             weights = torch.empty(supervised, device=ids.device)
             return head_loss(model, hidden[:, :-1][place, place], place, weights)[0]
+
+    def in_groups(self, pixels: Tensor) -> Tensor:
+        """Features [N, P, Dv] where a step takes them in groups, else the pixels. Those of the group that this
+        micro-batch has no use for stay there until its backward pass is done."""
+        count = self.setup.accumulation
+        bring: Callable[[Tensor], Tensor] = Tensor.contiguous if self.setup.device.type == "cpu" else torch.clone
+        self.images = step_images(self.model, [pixels] * count, count, bring)
+        return self.images.take(len(pixels)) if self.images else pixels
 
 
 def trace(model: MultimodalLM, shape: Shape, setup: Setup) -> dict[str, Counter[str]]:

@@ -18,7 +18,8 @@ from torch import nn
 
 from mllm.models.multimodal import MultimodalLM
 from mllm.models.quantised import is_quantised
-from mllm.train.engines import fsdp, zero
+from mllm.train.engines import zero
+from mllm.train.tuning import encoder_groups
 from mllm.train.tuning.adapters import encoder_layers
 
 if TYPE_CHECKING:
@@ -39,17 +40,7 @@ def check(accelerator: Accelerator, train: TrainConfig, data: DataConfig, quanti
     Raises:
         ValueError: names the setting and what to do.
     """
-    sharded = zero.stage(accelerator) == 3 or fsdp.requested()
-    if train.encoder_batch and sharded:
-        raise ValueError(
-            "train.encoder_batch where the encoder is sharded (ZeRO stage 3, FSDP2): ranks with more images would call "
-            "it more often, and wait for the others for ever: use ZeRO stage 2, or leave it out"
-        )
-    if data.image_fit == "aspect" and (train.encoder_batch or train.keeps_features):
-        raise ValueError(
-            "data.image_fit aspect with train.encoder_batch, train.feature_cache or train.feature_cache_dir, which "
-            "hand the encoder pixels without the shape of their grid: leave them out"
-        )
+    encoder_groups.check(accelerator, train, data)
     if not train.compile:
         return
     if zero.stage(accelerator) == 3:
@@ -72,7 +63,7 @@ def check(accelerator: Accelerator, train: TrainConfig, data: DataConfig, quanti
 def switch_on(accelerator: Accelerator, model: MultimodalLM, train: TrainConfig, data: DataConfig) -> None:
     """Compile the blocks, and let the encoder see its images in groups, where that is asked for."""
     check(accelerator, train, data, "nf4" if is_quantised(model.llm) else None)
-    model.encoder_batch = train.encoder_batch
+    model.encoder_batch = encoder_groups.chosen(accelerator, model, train)
     if not train.compile:
         return
     if model.llm.config._attn_implementation == "mllm_by_sample":
