@@ -1,6 +1,7 @@
 """Patch features of a frozen encoder, kept from the first time: for sets that are seen many times.
 
-Enters: pixels [N, 3, H, W]. Leaves: the features [N, P, Dv] that the encoder itself gives, each image encoded once.
+Enters: pixels [N, 3, H, W]. Leaves: the features [N, P, Dv] that the encoder itself gives, each image encoded once;
+those of a connector that pools them first are kept pooled, P being so many fewer (`MultimodalLM.kept`).
 The key of an image is a digest of its pixels, so that nothing stale can be found under it; the encoder is frozen, so
 that what is found is what would be computed.
 
@@ -12,9 +13,9 @@ from __future__ import annotations
 import hashlib
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mllm.models.image_groups import filled_up
+from mllm.models.image_groups import Encode, filled_up
 
 GROUP = 8
 """Images that go through the encoder together, always as many: the last bits of features hang on how many there are. A
@@ -28,14 +29,14 @@ class FeatureCache:
         self.room = int(gigabytes * 2**30)
         self.kept: dict[bytes, Tensor] = {}
 
-    def __call__(self, encoder: nn.Module, pixel_values: Tensor) -> Tensor:
+    def __call__(self, encode: Encode, pixel_values: Tensor) -> Tensor:
         """[N, 3, H, W] -> [N, P, Dv]; only images that are not kept go through the encoder."""
         keys = [digest(image) for image in pixel_values.cpu()]
         first = {key: number for number, key in enumerate(keys) if key not in self.kept}
         found = {key: self.kept[key] for key in keys if key in self.kept}
         for start in range(0, len(first), GROUP):
             group = dict(list(first.items())[start : start + GROUP])
-            for key, features in zip(group, filled_up(encoder, pixel_values[list(group.values())], GROUP), strict=True):
+            for key, features in zip(group, filled_up(encode, pixel_values[list(group.values())], GROUP), strict=True):
                 found[key] = features
                 self.keep(key, features)
         return torch.stack([found[key].to(pixel_values.device) for key in keys])  # [N, P, Dv]

@@ -113,17 +113,33 @@ class MultimodalLM(nn.Module):
         return self.connector(features, words.to(features.dtype), instruction_ids >= 0)  # [N, V, D]
 
     def features(self, pixel_values: Tensor) -> Tensor:
-        """[N, 3, H, W] -> patch features [N, P, Dv], from the encoder or as it once gave them. What has three
-        dimensions is features already."""
+        """[N, 3, H, W] -> patch features [N, P, Dv], from the encoder or as it once gave them, then perhaps pooled.
+        What has three dimensions is features already."""
         if pixel_values.ndim == 3:
             return pixel_values
         if self.feature_cache:
-            return self.feature_cache(self.vision_encoder, pixel_values)
+            return self.feature_cache(self.kept, pixel_values)
         if self.encoder_batch and self.encoder_batch.filled:
             return in_groups(self.vision_encoder, pixel_values, self.encoder_batch.size)
         if len(pixel_values) < self.fewest_images:
             return filled_up(self.vision_encoder, pixel_values, self.fewest_images)
         return self.vision_encoder(pixel_values)
+
+    def kept(self, pixel_values: Tensor) -> Tensor:
+        """[N, 3, H, W] -> what a cache holds of images: their features, pooled where the connector begins so."""
+        return self.pooled(self.vision_encoder(pixel_values))
+
+    def pooled(self, features: Tensor) -> Tensor:
+        """[N, P, Dv] -> [N, T, Dv] where the connector makes them fewer before its first weight, else as they are. The
+        connector says the same of both: under autocast its first product would round them just so."""
+        pool = getattr(self.connector, "pooled", None)
+        if pool is None:
+            return features
+        fewer: Tensor = pool(features.to(next(self.connector.parameters()).dtype))  # [N, T, Dv]
+        kind = fewer.device.type
+        if fewer.shape[1] == features.shape[1]:
+            return features
+        return fewer.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else fewer
 
     def embed(self, input_ids: Tensor, visual_tokens: Tensor, num_images: int, slots: Tensor | None = None) -> Tensor:
         """Token embeddings with the visual tokens in their slots [B, S, D].

@@ -17,11 +17,11 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mllm.models.feature_cache import GROUP, digest
 from mllm.models.feature_folder import FeatureFolder
-from mllm.models.image_groups import filled_up
+from mllm.models.image_groups import Encode, filled_up
 from mllm.types import Batch
 
 WAITING = 8
@@ -48,15 +48,15 @@ class StoredFeatures:
         self.begun: deque[tuple[Tensor, Future[Found]]] = deque(maxlen=2)
         self.writing: deque[Future[None]] = deque()
 
-    def __call__(self, encoder: nn.Module, pixel_values: Tensor) -> Tensor:
+    def __call__(self, encode: Encode, pixel_values: Tensor) -> Tensor:
         """[N, 3, H, W] -> [N, P, Dv], all at once."""
         device = pixel_values.device
         send: Callable[[Tensor], Tensor] = lambda value: value.to(device)  # noqa: E731
-        return self.step(encoder, [pixel_values], send).take(len(pixel_values))
+        return self.step(encode, [pixel_values], send).take(len(pixel_values))
 
-    def step(self, encoder: nn.Module, pixels: Iterable[Tensor], send: Callable[[Tensor], Tensor]) -> StepFeatures:
+    def step(self, encode: Encode, pixels: Iterable[Tensor], send: Callable[[Tensor], Tensor]) -> StepFeatures:
         """The features of a step's micro-batches, one after the other."""
-        return StepFeatures(self, encoder, pixels, send)
+        return StepFeatures(self, encode, pixels, send)
 
     def one_ahead(self, micro_batches: Iterator[Batch], accumulation: int) -> Iterator[Batch]:
         """The same micro-batches; reading for the first of a step begins while the step before is computed."""
@@ -110,10 +110,10 @@ class StepFeatures:
     """The features of the micro-batches of a step, each asked for once, in their order."""
 
     def __init__(
-        self, stored: StoredFeatures, encoder: nn.Module, pixels: Iterable[Tensor], send: Callable[[Tensor], Tensor]
+        self, stored: StoredFeatures, encode: Encode, pixels: Iterable[Tensor], send: Callable[[Tensor], Tensor]
     ) -> None:
         """`pixels` are those of each micro-batch that has any, on the host; `send` brings them to the device."""
-        self.stored, self.encoder, self.send = stored, encoder, send
+        self.stored, self.encode, self.send = stored, encode, send
         self.waiting = deque(pixels)
         self.next: Future[Found] | None = None
         self.begin()
@@ -132,7 +132,7 @@ class StepFeatures:
         encoded: dict[bytes, Tensor] = {}
         for group in torch.tensor(list(first.values()), dtype=torch.int64).split(GROUP) if first else ():
             keys = [found.keys[at] for at in group.tolist()]
-            new = filled_up(self.encoder, self.send(pixels[group]), GROUP)
+            new = filled_up(self.encode, self.send(pixels[group]), GROUP)
             encoded.update(zip(keys, new, strict=True))
             self.stored.keep(keys, new)
         for at in found.missing:

@@ -91,12 +91,15 @@ def in_folder(
     blanks = torch.zeros(GROUP, 3, encoder.grid.side, encoder.grid.side, dtype=pixels, device=accelerator.device)
 
     def encode(pixels: Tensor) -> Tensor:
-        with torch.no_grad(), accelerator.autocast():
-            return encoder(pixels)  # type: ignore[no-any-return]
+        # as in the forward pass: accelerate's own autocast does nothing under DeepSpeed
+        half = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=train.mixed_precision == "bf16")
+        with torch.no_grad(), half:
+            return model.kept(pixels)
 
     made = encode(blanks)  # its shape and dtype are those of all
-    wanted = description(encoder, processor, accelerator.device, train.mixed_precision)
     shape, limit = tuple(made.shape[1:]), train.feature_cache_dir_gigabytes
+    pooling = getattr(model.connector, "pooling", None) if len(made[0]) < encoder.num_patches else None
+    wanted = description(encoder, processor, accelerator.device, train.mixed_precision, pooling)
     folder = FeatureFolder(train.feature_cache_dir, wanted, shape, made.dtype, limit, accelerator.print)
     if accelerator.is_main_process:
         measured = measure(train.feature_cache_dir, encode, blanks)
@@ -106,8 +109,10 @@ def in_folder(
     return StoredFeatures(folder, pin=accelerator.device.type == "cuda")
 
 
-def description(encoder: Any, processor: Processor, device: torch.device, mixed_precision: str) -> dict[str, Any]:
-    """What the features of given pixels hang on, in words and digests; JSON values."""
+def description(
+    encoder: Any, processor: Processor, device: torch.device, mixed_precision: str, pooling: str | None = None
+) -> dict[str, Any]:
+    """What the features of given pixels hang on, in words and digests; JSON values. `pooling` is the connector's."""
     encoders = getattr(encoder, "encoders", (encoder,))
     images: dict[str, Any] = getattr(processor.image_processor, "to_dict", dict)()
     return {
@@ -115,6 +120,7 @@ def description(encoder: Any, processor: Processor, device: torch.device, mixed_
         "encoder config": digest_of([[without(one.model.config.to_dict()), str(one.grid)] for one in encoders]),
         "feature layers": [list(one.taps) for one in encoders],
         "feature norm": bool(encoder.feature_norm),
+        "pooling": pooling,
         "image processor": digest_of([without(images), [str(one.normalisation) for one in encoders]]),
         "mixed precision": mixed_precision,
         "device": device.type,

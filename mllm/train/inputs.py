@@ -101,7 +101,7 @@ def step_images(
     if not (stored or grouped) or any(parameter.requires_grad for parameter in model.vision_encoder.parameters()):
         return None
     if stored:
-        return stored.step(model.vision_encoder, pixels, bring)
+        return stored.step(model.kept, pixels, bring)
     assert groups
     return StepImages(model.vision_encoder, pixels, groups, bring, model.fewest_images)
 

@@ -64,6 +64,22 @@ def test_output_is_n_v_d_with_the_promised_v(kind: type, patches: int, encoder_w
     assert torch.isfinite(out).all()
 
 
+POOLING = [kind for kind in KINDS if hasattr(built(kind, patches=16), "pooled")]
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("kind", POOLING, ids=lambda kind: kind.__dataclass_fields__["type"].default)
+def test_what_was_pooled_before_its_first_weight_gives_the_same_tokens_and_is_smaller(kind: type, bf16: bool) -> None:
+    """Under autocast it is kept in half the bytes, since a product of bfloat16 follows."""
+    model = make_model()
+    model.connector, shown = built(kind, patches=16), features(16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        fewer = model.pooled(shown)
+        assert torch.equal(model.connector(fewer.to(shown.dtype)), model.connector(shown))
+    assert not fewer.requires_grad
+    assert shown.nbytes == fewer.nbytes * (16 // 4) * (2 if bf16 else 1)
+
+
 @each
 def test_gradient_reaches_every_parameter(kind: type) -> None:
     connector = built(kind)

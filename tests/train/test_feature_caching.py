@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 
 from conftest import make_model, make_processor
-from mllm.models.feature_cache import GROUP
+from mllm.models.connectors import AvgPoolConnector
+from mllm.models.feature_cache import GROUP, FeatureCache
+from mllm.models.feature_folder import FeatureFolder
+from mllm.models.image_groups import filled_up
+from mllm.models.stored_features import StoredFeatures
 from mllm.train import engine
 from mllm.train.feature_caching import description
 from mllm.train.forecasting.feature_probe import Measured, measure, verdict
-from mllm.train.trainable import LearningRates
+from mllm.train.trainable import LearningRates, choose_trainable
 from runs import chosen_model, metrics, on_two_ranks, run, settings, start_engine, write_llava
 
 MS = 1e-3
@@ -110,6 +115,58 @@ def test_folder_is_refused_beside_memory_where_the_encoder_trains_and_where_it_i
     with pytest.raises(ValueError, match="feature_cache_dir where the encoder is sharded"):
         engine.check(Accelerator(cpu=True), settings(tmp_path, **asked))
     assert not (tmp_path / "features").exists()
+
+
+ONE = AvgPoolConnector(tokens=1)
+"""Of four patches one token."""
+
+
+def pooled_run(data: Path, folder: Path, connector: AvgPoolConnector = ONE, **changes: Any) -> list[tuple[float, ...]]:
+    train = settings(folder, steps=6, **changes)
+    model = make_model(connector=connector)
+    choose_trainable(model, train.learning_rate, None)
+    run(data, train, model, processor=make_processor(connector.tokens))
+    return numbers(folder)
+
+
+def test_pooled_features_are_kept_in_the_place_of_all_and_the_run_is_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, folder = write_llava(tmp_path, 8), tmp_path / "features"
+    kept = pooled_run(data, tmp_path / "kept", feature_cache=1.0)
+    for name in ("first", "second"):
+        assert pooled_run(data, tmp_path / name, feature_cache_dir=folder) == kept
+    live = pooled_run(data, tmp_path / "live")
+    assert [n for line in kept for n in line] == pytest.approx([n for line in live for n in line], rel=1e-5)
+    size = 24 * 4  # width, bytes: a quarter of four patches
+    assert sum(path.stat().st_size for path in folder.glob("*.features")) == 8 * size
+    assert f"{size} bytes/image" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"pooling: mean, 1 x 1 there, None here") as told:
+        run(data, settings(tmp_path / "whole", feature_cache_dir=folder))
+    assert "encoder" not in str(told.value).split("(")[1]
+
+
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_kept_pooled_features_are_those_of_the_encoder_bit_for_bit(tmp_path: Path, mixed_precision: str) -> None:
+    model, shown = make_model(connector=ONE).requires_grad_(False).eval(), torch.rand(11, 3, 28, 28)
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed_precision == "bf16"):
+        whole = torch.cat([filled_up(model.vision_encoder, group, GROUP) for group in shown.split(GROUP)])
+        live = model.connector[0](whole)
+        if mixed_precision == "bf16":
+            live = live.bfloat16()
+        folder = FeatureFolder(tmp_path, {}, tuple(live.shape[1:]), live.dtype, 1.0)
+        stored = StoredFeatures(folder, pin=False)
+        for cache in (FeatureCache(1.0), stored, stored):
+            model.feature_cache = cache
+            assert torch.equal(model.features(shown), live)
+
+
+def test_another_pooling_is_another_folder_and_all_patches_are_none(tmp_path: Path) -> None:
+    data, folder = write_llava(tmp_path, 4), tmp_path / "features"
+    pooled_run(data, tmp_path / "whole", AvgPoolConnector(tokens=4), feature_cache_dir=folder)
+    run(data, settings(tmp_path / "mlp", feature_cache_dir=folder))  # four of four patches: as of any connector
+    with pytest.raises(ValueError, match=r"pooling: None there, mean, 1 x 1 here; shape: \[4, 24\] there, \[1, 24\]"):
+        pooled_run(data, tmp_path / "one", feature_cache_dir=folder)
 
 
 def clock_of(*times: float) -> Callable[[], float]:

@@ -145,7 +145,7 @@ CASES: dict[str, tuple[dict[str, Any], Shape, Setup]] = {
     ),
     "the same, over bfloat16": (
         {"groups": Groups(40, filled=False), "dtype": torch.bfloat16},
-        Shape(1, 96, 12, 20),
+        Shape(1, 128, 12, 20),
         Setup(accumulation=4, mixed_precision="bf16"),
     ),
     "text alone": ({}, Shape(2, 256, 0, 60), Setup()),

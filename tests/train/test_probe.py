@@ -12,14 +12,15 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from conftest import make_processor, write_llava
+from conftest import make_model, make_processor, write_llava
 from mllm.data.formats.llava import LlavaSource
 from mllm.data.index import Index, build_index
 from mllm.data.loader import DataConfig, PlannedBatches, Share
 from mllm.data.plan import Plan
 from mllm.data.streams.batches import look, open_stream
+from mllm.models.connectors import AvgPoolConnector
 from mllm.train.forecasting import probe as room
-from mllm.train.forecasting.forecast import Forecast, forecast
+from mllm.train.forecasting.forecast import Forecast, feature_bytes, forecast
 from mllm.train.forecasting.largest import largest
 from mllm.train.forecasting.needs import refuse, rows, warnings
 from mllm.train.forecasting.probe import Probe, made_up, probe
@@ -27,6 +28,7 @@ from mllm.train.forecasting.shadow import Shape
 from mllm.train.losses import num_supervised
 from mllm.train.route import make_plan
 from mllm.train.settings import TrainConfig
+from mllm.train.trainable import choose_trainable
 from runs import LORA, SEQ_LENGTH, chosen_model, metrics, on_two_ranks, run, settings, weights
 
 SHAPE = Shape(rows=2, length=64, images=3, supervised=20)
@@ -163,6 +165,15 @@ def test_kept_features_count_where_they_lie_on_the_device(tmp_path: Path) -> Non
     told = forecast_of(settings(tmp_path / "run", feature_cache=1, probe=False), mixed(tmp_path))
     assert told.memory is not None
     assert told.memory.parts["feature cache"] == 16 * 4 * 24 * 4  # images, patches, width, bytes
+
+
+def test_kept_features_that_are_pooled_count_as_they_are_kept(tmp_path: Path) -> None:
+    model, train = make_model(connector=AvgPoolConnector(tokens=1)), settings(tmp_path / "run", feature_cache=1)
+    choose_trainable(model, train.learning_rate, None)
+    index, _ = indexed(mixed(tmp_path))
+    for precision, number in (("no", 4), ("bf16", 2)):
+        train.mixed_precision = precision
+        assert feature_bytes(model, index, train, 1.0) == 16 * 1 * 24 * number  # images, token, width, bytes
 
 
 def test_folder_of_features_counts_as_disk_up_to_its_limit(tmp_path: Path) -> None:

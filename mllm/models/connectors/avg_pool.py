@@ -35,7 +35,21 @@ class AvgPoolConnector(Connector):
 
     def build(self, encoder_width: int, llm_width: int, num_patches: int) -> nn.Module:
         self.num_tokens(num_patches)
-        return nn.Sequential(Pool(isqrt(self.tokens)), *linear_layers(encoder_width, llm_width, self.depth))
+        return AvgPool(Pool(isqrt(self.tokens)), *linear_layers(encoder_width, llm_width, self.depth))
+
+
+class AvgPool(nn.Sequential):
+    """A pooling without weights, and what learns behind it. What is pooled already comes out of the pooling as it went
+    in, so that it may be kept in the place of the features (`MultimodalLM.pooled`)."""
+
+    def pooled(self, features: Tensor) -> Tensor:
+        """[N, P, Dv] -> [N, tokens, Dv]."""
+        return self[0](features)  # type: ignore[no-any-return]
+
+    @property
+    def pooling(self) -> str:
+        """In words: what of another pooling was kept is another thing."""
+        return f"mean, {self[0].side} x {self[0].side}"
 
 
 class Pool(nn.Module):

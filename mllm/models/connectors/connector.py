@@ -29,5 +29,10 @@ class Connector(Schema):
         return num_patches
 
     def build(self, encoder_width: int, llm_width: int, num_patches: int) -> nn.Module:
-        """The module [N, P, encoder_width] -> [N, V, llm_width]."""
+        """The module [N, P, encoder_width] -> [N, V, llm_width].
+
+        One that begins by making the patches fewer, without a weight and for a linear layer, may have two members more:
+        `pooled`, [N, P, encoder_width] -> [N, T, encoder_width], which the module takes in the place of the features
+        to the same end; and `pooling`, which tells it in words. Caches then keep the fewer (`MultimodalLM.pooled`).
+        """
         raise NotImplementedError(f"{type(self).__name__} must build a module")

@@ -180,13 +180,15 @@ def cache_bytes(accelerator: Accelerator, model: MultimodalLM, known: Index | Lo
     """What kept features will take of the device's memory: they lie in the computer's."""
     if accelerator.device.type != "cpu" or not train.feature_cache:
         return 0
-    return feature_bytes(model, known, train.feature_cache)
+    return feature_bytes(model, known, train, train.feature_cache)
 
 
-def feature_bytes(model: MultimodalLM, known: Index | Look, gigabytes: float) -> int:
+def feature_bytes(model: MultimodalLM, known: Index | Look, train: TrainConfig, gigabytes: float) -> int:
     """Of all images, as far as they have room."""
     encoder = model.vision_encoder
-    one = encoder.num_patches * encoder.width * next(encoder.parameters()).element_size()
+    blank = torch.zeros(1, encoder.num_patches, encoder.width, dtype=next(encoder.parameters()).dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=train.mixed_precision == "bf16"):
+        one = model.pooled(blank).nbytes
     room = int(gigabytes * 2**30)
     return min(room, int(known.tiles.sum()) * one) if isinstance(known, Index) else room
 
@@ -196,7 +198,7 @@ def folder_bytes(model: MultimodalLM, known: Index | Look, train: TrainConfig) -
     if not train.feature_cache_dir or filesystem(train.feature_cache_dir) != filesystem(train.output_dir):
         return 0
     there = sum(path.stat().st_size for path in train.feature_cache_dir.glob("*.features"))
-    return max(0, feature_bytes(model, known, train.feature_cache_dir_gigabytes) - there)
+    return max(0, feature_bytes(model, known, train, train.feature_cache_dir_gigabytes) - there)
 
 
 def predicted(model: MultimodalLM, shape: Shape, setup: Setup) -> tuple[Memory | None, str]:
