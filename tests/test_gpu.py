@@ -31,17 +31,22 @@ from mllm.data.loader import DataConfig
 from mllm.data.packing import join
 from mllm.decoding.recorded import RecordedGreedy
 from mllm.generate import Assistant
+from mllm.models.connectors import AvgPoolConnector, MLPConnector
+from mllm.models.feature_cache import FeatureCache
+from mllm.models.feature_folder import FeatureFolder
 from mllm.models.packed import kernels
 from mllm.models.packed.boundaries import boundaries
 from mllm.models.packed.choice import check_attention, implementation
 from mllm.models.packed.function import register
-from mllm.train.inputs import inputs_of
+from mllm.models.stored_features import StoredFeatures
+from mllm.train.inputs import StepInputs, inputs_of
 from mllm.train.losses import NextToken, model_inputs
 from mllm.train.settings import TrainConfig
 from mllm.train.step import optimise
 from mllm.train.trainable import LearningRates, Lora, choose_trainable, parameter_groups, set_mode
 from mllm.train.tuning import compiling, fast_lora
 from mllm.types import Batch, Example, Message
+from runs import metrics, run, settings
 from test_conversation import turns
 from test_generate import sharp
 
@@ -301,6 +306,44 @@ def test_kernels_of_one_token_give_the_llms_own_logits(family: str) -> None:
         "".join(quick.stream(talk, 8))
     assert isinstance(quick.greedy, RecordedGreedy)
     assert (quick.greedy.refused, quick.greedy.failed) == ("", {})
+
+
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+@pytest.mark.parametrize("connector", [MLPConnector(), AvgPoolConnector(tokens=1)], ids=["whole", "pooled"])
+def test_cached_features_equal_live_ones_on_the_device(tmp_path: Path, connector: Any, mixed_precision: str) -> None:
+    """Written behind the encoder, read ahead, copied beside other work; twice, so that pinned memory is used again."""
+    model = make_model(connector=connector).requires_grad_(False).eval().to("cuda")
+    drawn = torch.Generator().manual_seed(0)
+    parts = [torch.randint(0, 256, (n, 3, 28, 28), generator=drawn).to(torch.uint8) for n in (3, 11, 1, 8)]
+    batches: Any = [{"pixel_values": part, "num_images": len(part)} for part in parts]
+    accelerator, half = Accelerator(), torch.autocast("cuda", torch.bfloat16, enabled=mixed_precision == "bf16")
+    busy = torch.randn(2048, 2048, device="cuda")
+    with torch.no_grad(), half:
+        live = [FeatureCache(0)(model.kept, part.cuda()) for part in parts]
+        folder = FeatureFolder(tmp_path, {}, tuple(live[0].shape[1:]), live[0].dtype, 1.0)
+        in_memory, in_folder = FeatureCache(1.0), StoredFeatures(folder, pin=True)
+        for _ in range(3):
+            for part, expected in zip(parts, live, strict=True):
+                assert torch.equal(in_memory(model.kept, part.cuda()), expected)
+            model.feature_cache, block = in_folder, list(in_folder.one_ahead(iter(batches), len(batches)))
+            step = StepInputs(accelerator, model, block, "token")
+            found = []
+            for part in parts:
+                busy = torch.mm(busy, busy).mul_(1e-3)  # what a copy must not be late for
+                found.append(step.features(len(part)))
+            assert all(torch.equal(own, expected) for own, expected in zip(found, live, strict=True))
+            in_folder.finish()
+    assert all(own.is_cuda for own in found)
+
+
+def test_images_of_a_step_in_groups_are_those_of_each_micro_batch_on_the_device(tmp_path: Path) -> None:
+    data, losses = write_llava(tmp_path, 12), []
+    for size in (False, 3, "auto"):
+        config = settings(tmp_path / str(size), encoder_batch=size, rows_per_micro_batch=1)
+        run(data, config, accelerator=Accelerator())
+        losses.append([number for line in metrics(config.output_dir) for number in line])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-4)
 
 
 ROOT = Path(__file__).parent.parent

@@ -88,22 +88,29 @@ class StoredFeatures:
             return
         while len(self.writing) >= WAITING:
             self.writing.popleft().result()
-        on_host = torch.empty(features.shape, dtype=features.dtype, pin_memory=self.pin)
-        on_host.copy_(features, non_blocking=True)
-        done = torch.cuda.Event() if self.pin else None
-        if done:
-            done.record()
-        self.writing.append(self.thread.submit(self.write, keys, on_host, done))
+        self.writing.append(self.thread.submit(self.write, keys, *to_host(features, self.pin)))
 
-    def write(self, keys: list[bytes], features: Tensor, done: torch.cuda.Event | None) -> None:
-        if done:
-            done.synchronize()
+    def write(self, keys: list[bytes], features: Tensor, wait: Callable[[], None]) -> None:
+        """In the thread."""
+        wait()
         self.folder.keep(keys, features)
 
     def finish(self) -> None:
         """Wait until all is written."""
         while self.writing:
             self.writing.popleft().result()
+
+
+def to_host(features: Tensor, pin: bool) -> tuple[Tensor, Callable[[], None]]:
+    """A copy that is on its way, in memory of its own; and what waits until it is there. Nothing here is written twice:
+    torch takes pinned memory back when all copies from and to it are done."""
+    on_host = torch.empty(features.shape, dtype=features.dtype, pin_memory=pin)
+    on_host.copy_(features, non_blocking=True)
+    if not pin:
+        return on_host, lambda: None
+    done = torch.cuda.Event(blocking=True)  # asleep, and not asking all the time
+    done.record()
+    return on_host, done.synchronize
 
 
 class StepFeatures:

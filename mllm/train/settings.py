@@ -80,7 +80,8 @@ class TrainConfig(Schema):
     """Gigabytes of memory for features of the frozen encoder, which then sees each image once; 0 keeps none."""
     feature_cache_dir: Path | None = None
     """A folder that keeps features of the frozen encoder over epochs and runs, in the place of `feature_cache`. One
-    folder belongs to one encoder with its layers, image processor and precision; another run is refused there."""
+    folder belongs to one encoder with its layers, image processor, precision and the connector's pooling; another run
+    is refused there."""
     feature_cache_dir_gigabytes: NotNegative = 100
     """What the folder may hold; later images are encoded each time."""
     eval_every: Positive | None = None

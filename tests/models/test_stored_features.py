@@ -14,6 +14,7 @@ import torch
 from test_feature_cache import BYTES, PATCHES, WIDTH, Counting, images
 from torch import Tensor
 
+from mllm.models import stored_features
 from mllm.models.feature_cache import GROUP, FeatureCache, digest
 from mllm.models.feature_folder import CHECK, KEY, FeatureFolder
 from mllm.models.stored_features import StoredFeatures
@@ -77,6 +78,37 @@ def test_step_gives_its_micro_batches_in_order_and_the_first_is_read_ahead(tmp_p
             assert torch.equal(taking.take(len(own)), live(own))
     assert next(ahead, None) is None
     assert encoder.seen == 12
+
+
+def test_what_is_copied_late_is_waited_for_and_no_buffer_is_used_while_it_travels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: copies are done when somebody waits for them, and those to the device at the end of the step."""
+
+    def late(given: Tensor, pin: bool) -> tuple[Tensor, Callable[[], None]]:
+        on_host, on_device = torch.full_like(given, torch.nan), given.clone()
+
+        def wait() -> None:
+            on_host.copy_(on_device)
+
+        return on_host, wait
+
+    travelling: list[tuple[Tensor, Tensor]] = []
+
+    def send(on_host: Tensor) -> Tensor:
+        travelling.append((on_host, on_host.clone()))
+        return on_host.clone()
+
+    monkeypatch.setattr(stored_features, "to_host", late)
+    shown, encoder = images(12), Counting()
+    for cache in (stored(tmp_path), stored(tmp_path)):
+        taking = cache.step(encoder, shown.split(3), send)
+        found = torch.cat([taking.take(3) for _ in range(4)])
+        cache.finish()
+        assert torch.equal(found, live(shown))
+    assert encoder.seen == 12
+    assert len(travelling) >= 8
+    assert all(torch.equal(on_host.view(torch.int32), sent.view(torch.int32)) for on_host, sent in travelling)
 
 
 @pytest.mark.parametrize("torn", ["keys", "features"])
