@@ -137,10 +137,9 @@ def test_a_saved_processor_reads_images_alike_and_chat_answers(parts: Path, tmp_
 
 def test_export_is_refused_with_the_reason_that_is_the_encoders_own(parts: Path) -> None:
     told = prompt_obstacle(config(parts).data)
-    assert told.startswith("data.image_fit: aspect is not exported: transformers has the patches of NaFlex")
-    assert "no processor that puts a placeholder for each" in told
+    assert told.startswith("data.image_fit: aspect is not exported: Siglip2ImageProcessor makes these patches, but no")
     assert prospect(config(parts), built(parts)[1]).why == told
-    assert "NaFlex" not in prompt_obstacle(DataConfig(tiles="dynamic"))
+    assert "Siglip2" not in prompt_obstacle(DataConfig(tiles="dynamic"))
 
 
 def test_encoders_and_connectors_that_need_a_square_are_refused(parts: Path) -> None:

@@ -133,7 +133,10 @@ def prompt_obstacle(own: Processor | DataConfig) -> str:
     if not found:
         return ""
     if own.image_fit == "aspect":
-        why = "transformers has the patches of NaFlex, but no processor that puts a placeholder for each of them"
+        why = (
+            "Siglip2ImageProcessor makes these patches, but no processor there puts as many placeholders (Lfm2Vl's "
+            "resizes pictures otherwise), and remote code brings no processor of its own"
+        )
     else:
         why = "no processor there prepares pictures and prompts exactly so"
     return f"{', '.join(found)} is not exported: {why}"
