@@ -14,6 +14,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 from conftest import make_clip, make_image_processor, make_llm, make_processor
 from engines import CONFIGS, start
@@ -308,3 +309,21 @@ def test_bfloat16_weights_are_a_lever_where_frozen_ones_are_float32() -> None:
     assert found["model.dtype bfloat16"] == pytest.approx(
         predict(half, SHAPE, Setup(mixed_precision="bf16")).peak, rel=0.01
     )
+
+
+def test_an_llm_that_does_not_run_without_data_is_told_in_words_and_left_as_it_was(capfd: Any) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 64}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    model = model_of()
+    model.connector = MLPConnector().build(model.vision_encoder.width, 32, model.vision_encoder.num_patches)
+    model.llm = AutoModelForCausalLM.from_config(MixtralConfig(**sizes, **heads))
+    choose_trainable(model, BOTH, Lora(rank=2))
+    before = dict(model.named_parameters())
+    with pytest.raises(NotImplementedError, match="does not run without data"):
+        predict(model, SHAPE, Setup(torch.device("cpu")))
+    after = dict(model.named_parameters())
+    assert list(after) == list(before)
+    assert all(after[name] is weight for name, weight in before.items())
+    assert model.llm(input_ids=torch.zeros(1, 4, dtype=torch.long)).logits.isfinite().all()
+    said = capfd.readouterr()
+    assert "Traceback" not in said.out + said.err

@@ -82,6 +82,8 @@ class Forecast:
     probed: Probe | None
     """None where none ran; `why` says why."""
     why: str = ""
+    unknown: str = ""
+    """Why there is no `memory`."""
     levers: list[Lever] = field(default_factory=list)
     halves: bool = True
     """Does the engine compute in halves what does not fit?"""
@@ -148,7 +150,8 @@ def forecast(
         flops=flops * setup.accumulation,
         disk=disk_of(model, known, train),
         probed=found,
-        why=reason or why,
+        why=reason,
+        unknown=why,
         levers=[] if fits or memory is None else levers(model, shape, setup),
         halves=engine.halves(accelerator),
     )

@@ -45,7 +45,7 @@ def rows(forecast: Forecast) -> list[tuple[str, str]]:
         predicted = f"{size(memory.peak)} a rank at the peak ({memory.moment}), predicted; {size(forecast.available)}"
         told.append(("memory", f"{predicted} may be used"))
     else:
-        told.append(("memory", f"not predicted: {forecast.why}"))
+        told.append(("memory", f"not predicted: {forecast.unknown}"))
     told.append(("probe", probed(forecast)))
     if not forecast.halves:
         told.append(("out of memory", STOPS))

@@ -10,9 +10,10 @@ B rows, S tokens of a row, N images, K supervised positions, V visual tokens an 
 from __future__ import annotations
 
 import copy
+import logging
 from collections import Counter
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,8 +115,9 @@ def trace(model: MultimodalLM, shape: Shape, setup: Setup) -> dict[str, Counter[
 
     was, model.feature_cache = model.feature_cache, None
     hooks: list[Any] = []
+    own = [(module, dict(module._parameters), dict(module._buffers)) for module in model.modules()]
     try:
-        with FakeTensorMode(), torch.enable_grad():
+        with FakeTensorMode(), torch.enable_grad(), unlogged():
             weights = {name: fake(tensor, setup) for name, tensor in named_tensors(model)}
             batch = batch_without_data(model, shape, setup.device)
             with Tracker([*weights.values(), *batch.values()]) as tracker:
@@ -131,7 +133,30 @@ def trace(model: MultimodalLM, shape: Shape, setup: Setup) -> dict[str, Counter[
         model.feature_cache = was
         for hook in hooks:
             hook.remove()
+        for module, parameters, buffers in own:
+            give_back(module, parameters, buffers)
     return {phase: named(alive) for phase, alive in tracker.peaks.items() if phase}
+
+
+@contextmanager
+def unlogged() -> Iterator[None]:
+    """torch logs an operation that does not run without data, with its traceback; here that is an answer."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def give_back(module: nn.Module, parameters: dict[str, Any], buffers: dict[str, Any]) -> None:
+    """peft moves the weights of experts for the time of a forward pass; what has no data comes back as a buffer, into
+    which `functional_call` then puts the weight."""
+    if module._parameters.keys() != parameters.keys():
+        for held, own in ((module._parameters, parameters), (module._buffers, buffers)):
+            held.clear()
+            held.update(own)
 
 
 NAMES = {
