@@ -6,6 +6,7 @@ word. Chat and evaluation both speak through here, with the processor that train
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,7 @@ from mllm.decoding.prompt import read
 from mllm.decoding.recorded import RecordedGreedy
 from mllm.decoding.threaded import words_of
 from mllm.decoding.words import from_first_word, pieces
+from mllm.models.attention import check_prompt
 from mllm.models.build import build_model
 from mllm.models.multimodal import MultimodalLM
 from mllm.train.stage_folder import FINISHED, load_stage
@@ -97,7 +99,9 @@ class Assistant:
         assert self.greedy is not None
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}: an answer has at least one token")
-        return self.greedy.answer(read(sample, self.pictures, self.device), max_new_tokens)
+        prompt = read(sample, self.pictures, self.device)
+        self.heed_length(len(prompt))
+        return self.greedy.answer(prompt, max_new_tokens)
 
     def streamed_whole(self, sample: Sample, max_new_tokens: int) -> Iterator[str]:
         """The same by transformers' own loop, with nothing kept: for LLMs with recurrent states."""
@@ -109,6 +113,7 @@ class Assistant:
         """Prompts side by side: embeddings [B, S, D] with visual tokens in place, padded on the left, and their
         mask."""
         longest = max(len(prompt.input_ids) for prompt in prompts)
+        self.heed_length(longest)
         ids = torch.tensor([[0] * (longest - len(p.input_ids)) + p.input_ids for p in prompts], device=self.device)
         mask = torch.tensor([[0] * (longest - len(p.input_ids)) + [1] * len(p.input_ids) for p in prompts])
         num_images = sum(len(prompt.pixel_values) for prompt in prompts)
@@ -120,6 +125,11 @@ class Assistant:
         visual = self.model.visual_tokens(pixels, instructions, sizes)
         embeddings = self.model.embed(ids, visual, num_images)  # [B, S, D]
         return {"inputs_embeds": embeddings, "attention_mask": mask.to(self.device)}
+
+    def heed_length(self, length: int) -> None:
+        """Say that a conversation is longer than what the LLM has learned, or refuse what it cannot count to."""
+        if words := check_prompt(self.model.llm, length):
+            warnings.warn(words, stacklevel=2)
 
     def options(self, max_new_tokens: int) -> dict[str, Any]:
         return {

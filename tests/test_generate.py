@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -200,3 +201,18 @@ def test_answer_is_the_greedy_one_whatever_the_llms_generation_config_prefers() 
     settings = assistant.model.llm.generation_config
     settings.repetition_penalty, settings.temperature, settings.top_k, settings.do_sample = 5.0, 0.7, 5, True
     assert assistant.answer(questions(), 12) == before
+
+
+@pytest.mark.parametrize("way", ["batch", "stream"])
+def test_conversation_beyond_what_the_llm_has_learned_is_said_so(way: str) -> None:
+    assistant = Assistant(make_model("llama", max_position_embeddings=40), make_processor())
+    short, long = ask(0, 0), ask(0, 0, "and more of it, " * 20)
+
+    def answer(sample: Sample) -> str:
+        return assistant.answer([sample], 2)[0] if way == "batch" else "".join(assistant.stream(sample, 2))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        answer(short)
+    with pytest.warns(UserWarning, match="the conversation has .* learned 40 positions: what comes later is new to it"):
+        answer(long)

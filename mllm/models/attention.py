@@ -73,15 +73,34 @@ def check_length(llm: Any, longest: int) -> str:
     Raises:
         ValueError: its positions are rows of a table (GPT-2), which ends before.
     """
-    learned = getattr(llm.config.get_text_config(), "max_position_embeddings", None)
-    if not learned or longest <= learned:
+    learned, ends = outgrown(llm, longest)
+    if not learned:
         return ""
-    words = llm.get_input_embeddings()
-    tables = [part for part in llm.modules() if isinstance(part, torch.nn.Embedding) and part is not words]
     told = f"a sample of {longest:,} tokens, and {class_of(llm)} has learned {learned:,} positions"
-    if any(learned <= table.num_embeddings <= learned + 2 for table in tables):  # OPT's has two rows more
+    if ends:
         raise ValueError(f"{told}, rows of a table that ends there: set data.seq_length to at most {learned}")
     return f"{told}: what comes later is new to it (data.seq_length {learned} would cut there)"
+
+
+def check_prompt(llm: Any, length: int) -> str:
+    """The same of a conversation that waits for its answer."""
+    learned, ends = outgrown(llm, length)
+    if not learned:
+        return ""
+    told = f"the conversation has {length:,} tokens, and {class_of(llm)} has learned {learned:,} positions"
+    if ends:
+        raise ValueError(f"{told}, rows of a table that ends there: ask with fewer words, turns or images")
+    return f"{told}: what comes later is new to it"
+
+
+def outgrown(llm: Any, longest: int) -> tuple[int, bool]:
+    """How many positions the LLM has learned, where `longest` tokens are more, else 0; and whether it ends there."""
+    learned = getattr(llm.config.get_text_config(), "max_position_embeddings", None)
+    if not learned or longest <= learned:
+        return 0, False
+    words = llm.get_input_embeddings()
+    tables = [part for part in llm.modules() if isinstance(part, torch.nn.Embedding) and part is not words]
+    return learned, any(learned <= table.num_embeddings <= learned + 2 for table in tables)  # OPT's has two rows more
 
 
 def class_of(llm: Any) -> str:

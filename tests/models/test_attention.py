@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig, GPT2Config, MambaConfig, OPTConfig
 
 from conftest import make_llm
-from mllm.models.attention import check_isolation, check_length, check_rotation
+from mllm.models.attention import check_isolation, check_length, check_prompt, check_rotation
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}
 LEAKING = {
@@ -77,6 +77,9 @@ def test_sample_beyond_a_table_of_positions_is_refused_before_the_first_step() -
     assert check_length(llm, 64) == ""
     with pytest.raises(ValueError, match=r"GPT2LMHeadModel has learned 64 positions.*seq_length to at most 64"):
         check_length(llm, 65)
+    assert check_prompt(llm, 64) == ""
+    with pytest.raises(ValueError, match=r"the conversation has 65 tokens.*ask with fewer words"):
+        check_prompt(llm, 65)
     with pytest.raises(IndexError):
         llm(input_ids=torch.zeros(1, 65, dtype=torch.long))
     with pytest.raises(ValueError, match="OPTForCausalLM has learned 64 positions"):
