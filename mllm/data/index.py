@@ -154,7 +154,8 @@ class Index:
         raise ValueError(
             f"{len(self.faults)} of {len(self.faults) + len(self)} records cannot be used "
             f"(data.max_bad_share allows {max_bad_share:.1%}):\n  {shown}{more}\n"
-            f"Mend or remove them, or raise data.max_bad_share; skipped records are named in quarantine.jsonl"
+            f"Mend or remove them (data_scripts/check.py PATH --json FILE names each), or raise data.max_bad_share: "
+            f"then they are left out, and named in quarantine.jsonl"
         )
 
 

@@ -161,6 +161,7 @@ def test_too_many_faults_stop_with_the_remedy(llava_folder: Callable[..., Path],
     with pytest.raises(ValueError, match=r"(?s)3 of 8 records .* raise data\.max_bad_share") as caught:
         index.check(0.37)
     assert str(index.faults[0]) in str(caught.value)
+    assert "check.py PATH --json FILE names each" in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "\n\n"])
