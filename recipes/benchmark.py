@@ -111,6 +111,8 @@ def train(
     from benchmarks import training_report as report
 
     has_gpu = torch.cuda.is_available()
+    if only and not (has_gpu or tiny):
+        sys.exit(f"--only {' '.join(only)} names configurations of a GPU, and there is none: --tiny rehearses them")
     with Console(stderr=True).status("starting") as status:
         if has_gpu or tiny:
             from benchmarks import training

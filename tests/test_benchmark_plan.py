@@ -244,6 +244,7 @@ def test_adapters_may_be_left_to_peft(monkeypatch: pytest.MonkeyPatch) -> None:
         (["gpu", "--out", "x", "--minutes", 0.5], "chat, and starting, take about 0.6 of them"),
         (["train", "--resume"], "--resume goes on with the file of --json: name it"),
         (["train", "--known", "nowhere.json"], "--known nowhere.json: there is no such file"),
+        (["train", "--only", "B4"], "--only B4 names configurations of a GPU, and there is none"),
     ],
 )
 def test_what_cannot_be_done_is_said(monkeypatch: pytest.MonkeyPatch, arguments: list[Any], why: str) -> None:

@@ -1,8 +1,7 @@
 """How many images go through the encoder together: `train.encoder_batch`.
 
 Enters: the model, the settings, what the launcher chose. Leaves: the groups in which a frozen encoder takes the images
-of a step, or none. Rows of text with one or two images leave an encoder half idle: micro-batch by micro-batch those
-cost a CPU 1.1 (768 numbers wide) to 2.6 times (a tiny encoder) what they cost together.
+of a step, or none. Rows of text with one or two images leave an encoder half idle, the more the smaller it is.
 
 By itself this happens where it changes nothing but the last bits of features, which hang on how many images an encoder
 is shown: it is frozen, whole on every rank, and keeps nothing; and an update has several micro-batches, since those of
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
 PATCHES, ON_CPU = 16_384, 2_048
 """Of a group that nobody chose. A GPU's products are full by then, and features of 1152 numbers in bfloat16 take 38 MB;
-a CPU's caches are full much earlier (measured with 196 patches of 768 numbers: best at 4 to 8 images)."""
+a CPU's caches are full much earlier."""
 
 
 def check(accelerator: Accelerator, train: TrainConfig, data: DataConfig) -> None:

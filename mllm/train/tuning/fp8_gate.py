@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from mllm.models.multimodal import MultimodalLM
+from mllm.train import engine
 from mllm.train.checkpoint import from_main
 from mllm.train.halving import split
 from mllm.train.losses import NextToken, model_inputs
@@ -205,7 +206,7 @@ def computed(accelerator: Accelerator, model: MultimodalLM, rows: Sequence[Batch
         with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
             torch.manual_seed(0)
             for row in rows:
-                with accelerator.autocast():
+                with engine.autocast(accelerator):
                     loss = NextToken(model)(**model_inputs(row, accelerator.device))
                 if not losses:  # not `backward`, which would wake what waits for gradients to send them
                     gradients = torch.autograd.grad(loss, trained, allow_unused=True)
