@@ -23,7 +23,7 @@ from mllm.models.vision_encoder import VisionEncoder
 from mllm.train.settings import TrainConfig
 from mllm.train.stage_folder import save_stage
 from mllm.types import Frame, Mark, Message, Sample, Video
-from videos import draw_gif, draw_video
+from video_files import draw_gif, draw_video
 
 HEAVY = ("torch", "transformers", "peft", "accelerate", "numpy", "PIL", "matplotlib")
 SECONDS = 1.0

@@ -300,7 +300,7 @@ def test_a_look_at_the_first_samples_counts_and_tells_nothing(text: list[Path]) 
         ({"mixture": MixtureConfig([SourceShare(weight=1, max_passes=2.0)])}, "mixes by weights alone"),
         ({"mixture": MixtureConfig(temperature=2.0)}, "mixes by weights alone"),
         ({"mixture": MixtureConfig([SourceShare(weight=0.0)])}, "1 weights for 1 data.sources"),
-        ({"mixture": MixtureConfig([SourceShare(weight=1.0)] * 2)}, "2 weights for 1 data.sources"),
+        ({"mixture": MixtureConfig([SourceShare(weight=1.0)] * 2)}, "2 entries for 1 sources"),
     ],
 )
 def test_settings_that_mean_nothing_in_a_stream_are_refused(text: list[Path], changes: Any, said: str) -> None:

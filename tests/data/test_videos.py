@@ -26,7 +26,7 @@ from mllm.data.processor import Processor
 from mllm.evaluate.controls import blank_images, shuffle_images
 from mllm.types import Frame, Mark, Message, Sample, Video
 from records import asked, llava, read, read_one
-from videos import draw_folder, draw_gif, draw_video, number_of, turn
+from video_files import draw_folder, draw_gif, draw_video, number_of, turn
 
 ANSWER = Message("assistant", ["red"])
 

@@ -150,10 +150,13 @@ def test_tied_embeddings_stay_tied(hub, tmp_path) -> None:
     assert llm.get_input_embeddings().weight is llm.get_output_embeddings().weight
 
 
-def test_llm_without_the_default_attention_says_which_key_to_set(hub, tmp_path) -> None:
+def test_llm_without_sdpa_says_which_key_to_set_and_auto_sets_it(hub, tmp_path) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
     Gemma2Config(**sizes, vocab_size=384, head_dim=8).save_pretrained(tmp_path / "llm")
     chosen = config(hub, random_weights=True)
     chosen.llm = str(tmp_path / "llm")
-    with pytest.raises(ValueError, match=r"model\.attention"):
+    chosen.attention = "sdpa"
+    with pytest.raises(ValueError, match=r"set model\.attention to eager"):
         build_model(chosen, 384)
+    chosen.attention = "auto"
+    assert build_model(chosen, 384).llm.config._attn_implementation == "eager"

@@ -18,7 +18,9 @@ from mllm.data.loader import PlannedBatches
 from mllm.models.multimodal import MultimodalLM
 from mllm.train.guard import Guard, GuardConfig
 from mllm.train.losses import NextToken
-from runs import LORA, metrics, on_two_ranks, run, settings, weights, write_llava
+from mllm.train.settings import TrainConfig
+from runs import LORA, metrics, on_two_ranks, run, weights, write_llava
+from runs import settings as settings_of_runs
 
 SKIP = GuardConfig(policy="skip")
 BAD = "r3"
@@ -56,6 +58,11 @@ class Exploding(NextToken):
     def forward(self, *arguments: Any, **named: Any) -> Any:
         loss, each = super().forward(*arguments, **named)
         return (BadGradient.apply(loss) if is_bad(named["pixel_values"]) else loss), each
+
+
+def settings(folder: Path, **changes: Any) -> TrainConfig:
+    """The objective is shown pixels, not features of a step's images."""
+    return settings_of_runs(folder, encoder_batch=None, **changes)
 
 
 def is_bad(pixel_values: torch.Tensor) -> bool:
