@@ -9,6 +9,7 @@ import ctypes
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,9 +22,10 @@ from conftest import ENDS, make_llm, make_processor, write_llava
 from engines import config_that_shards_all, start
 from mllm.models.attention import check_isolation
 from mllm.models.build import ModelConfig, build_model
+from mllm.models.deferred import materialise
 from mllm.models.multimodal import MultimodalLM
 from mllm.train import engine as engines
-from mllm.train.engines import zero
+from mllm.train.engines import fsdp, zero
 from mllm.train.engines.shards import whole
 from mllm.train.losses import NextToken
 from mllm.train.settings import TrainConfig
@@ -94,8 +96,7 @@ def memory_of_build(accelerator: Accelerator, folder: Path, deferred: bool) -> f
     """The process's memory at its highest while a LoRA run is built and sharded, over the bytes of the LLM's files; and
     the LLM must then be what the files hold."""
     build_and_shard(accelerator, folder, "llm", deferred)  # libraries are in memory now
-    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)  # what a large tensor held is given back at once
-    ctypes.CDLL(None).malloc_trim(0)  # what earlier tests freed is no room to build in
+    give_back_at_once()
     Path("/proc/self/clear_refs").write_text("5")  # the highest mark starts anew
     at_start = memory("VmHWM")
     model = build_and_shard(accelerator, folder, "big", deferred)
@@ -105,6 +106,21 @@ def memory_of_build(accelerator: Accelerator, folder: Path, deferred: bool) -> f
     assert tensors.keys() == saved.keys()
     assert all(torch.equal(tensors[name], tensor) for name, tensor in saved.items())
     return peak / file.stat().st_size
+
+
+def give_back_at_once() -> None:
+    """Memory of a large tensor goes back when it is freed: such a one is mapped for itself; or, where it came to lie in
+    a hole that earlier tests left in the heap of this process, with the next weight that is read."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_THRESHOLD, 2**20)
+    libc.malloc_trim(0)
+
+    def next_weight(*arguments: Any, **named: Any) -> None:
+        libc.malloc_trim(0)
+        materialise(*arguments, **named)
+
+    for module in (zero, fsdp):
+        module.materialise = next_weight  # type: ignore[attr-defined]
 
 
 def build_and_shard(accelerator: Accelerator, folder: Path, llm: str, deferred: bool) -> MultimodalLM:
