@@ -7,6 +7,7 @@ planned length. Nothing draws a random number.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -154,16 +155,16 @@ class Examples:
         return {**self.__dict__, "kept": {}}
 
 
-class Batches(Dataset[Batch]):
+class Batches(Dataset[Batch], ABC):
     """What both ways of reading have: planned rows over an index here, and streamed ones."""
 
+    @abstractmethod
     def items(self, first_step: int, last_step: int) -> Iterator[Any]:
         """The rows of each micro-batch, step by step."""
-        raise NotImplementedError
 
+    @abstractmethod
     def names(self, rows: Any) -> Iterator[str]:
         """Sample ids of one of the items."""
-        raise NotImplementedError
 
 
 class PlannedBatches(Examples, Batches):

@@ -1,4 +1,7 @@
-"""The screen, for those who speak before and after the steps."""
+"""The screen, for those who speak before and after the steps.
+
+Enters: who is rank 0. Leaves: a console that is mute on all other ranks, so that a line is said once.
+"""
 
 from __future__ import annotations
 
